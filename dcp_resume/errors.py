@@ -1,0 +1,346 @@
+"""Every error this library raises on purpose.
+
+    DcpResumeError
+    ├── ConfigurationError (ValueError)        an option or argument that cannot work
+    ├── StorageError (OSError)                 the store refused or failed
+    │   ├── KeyNotFound (FileNotFoundError)    nothing lies under the key
+    │   ├── KeyExists (FileExistsError)        an exclusive create found the key taken
+    │   ├── OutcomeUnknown                     the answer to an exclusive create was lost
+    │   ├── StorageDenied (PermissionError)    credentials or rights do not suffice
+    │   ├── StorageFull                        no space or quota left
+    │   ├── StorageUnavailable                 a transient fault outlived the deadline
+    │   ├── ShortRead                          fewer bytes came back than were asked for
+    │   └── UnsupportedStore                   the store lacks a primitive that the commit needs
+    ├── InvalidCheckpoint (ValueError)         what lies on storage contradicts itself
+    │   ├── InvalidDocument                    a log record, manifest, catalog or index is malformed
+    │   ├── UnsupportedFormat                  written by a newer or different format
+    │   ├── CorruptData                        a block's bytes do not have the recorded digest
+    │   └── MissingAncestors                   files of ancestor checkpoints are not at hand
+    ├── CheckpointNotFound (LookupError)       no committed checkpoint answers the request
+    ├── StateError (ValueError)                the state handed in cannot be saved as it is
+    │   ├── UnsupportedLeaf                    a leaf of a type or dtype that is never pickled
+    │   ├── DuplicateFqn                       two leaves share one name
+    │   ├── ReplicaMismatch                    assumed replicas hold different values
+    │   └── IncompletePlan                     the ranks' plans do not tile every tensor
+    ├── LoadError                              a load did not happen, or not wholly
+    │   ├── LoadRefused                        the checkpoint does not fit the state; nothing changed
+    │   └── PartialLoad                        some tensors were written before a block failed
+    ├── SaveError                              a save did not commit
+    │   ├── RankErrors                         one or more ranks failed; each with its cause
+    │   ├── RankSilent                         one or more ranks did not report by the deadline
+    │   ├── StoreNotShared                     ranks see different stores under one URL
+    │   ├── CommitRefused                      the log holds a record that forbids this commit
+    │   │   └── ParentRetired                  a checkpoint that this one refers to was retired
+    │   ├── CommitUnknown                      the commit's outcome could not be learned in time
+    │   └── SaveInProgress                     a save is running and the policy is to refuse
+    ├── Fenced                                 a newer incarnation of the run has opened the log
+    └── RunMismatch                            two different runs share one root
+
+Each class says what failed, on which object, what was expected and found, and what to do. The
+facts are attributes too (``error.key``, ``error.rank``), and survive ``pickle``, because DCP's
+collectives carry exceptions between ranks that way.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+__all__ = [
+    "CheckpointNotFound",
+    "CommitRefused",
+    "CommitUnknown",
+    "ConfigurationError",
+    "CorruptData",
+    "DcpResumeError",
+    "DuplicateFqn",
+    "Fenced",
+    "IncompletePlan",
+    "InvalidCheckpoint",
+    "InvalidDocument",
+    "KeyExists",
+    "KeyNotFound",
+    "LoadError",
+    "LoadRefused",
+    "MissingAncestors",
+    "OutcomeUnknown",
+    "ParentRetired",
+    "PartialLoad",
+    "Problem",
+    "RankErrors",
+    "RankSilent",
+    "ReplicaMismatch",
+    "RunMismatch",
+    "SaveError",
+    "SaveInProgress",
+    "ShortRead",
+    "StateError",
+    "StorageDenied",
+    "StorageError",
+    "StorageFull",
+    "StorageUnavailable",
+    "StoreNotShared",
+    "UnsupportedFormat",
+    "UnsupportedLeaf",
+    "UnsupportedStore",
+]
+
+
+@dataclass(frozen=True, slots=True, order=True)
+class Problem:
+    """One fault of a document or a state: where it lies, its kind, and what to know about it."""
+
+    where: str
+    """Place of the fault: a key, a field path (``tensors[3].dtype``) or an FQN."""
+    kind: str
+    """Machine-readable kind, such as ``missing``, ``shape``, ``overlap``, ``path_escape``."""
+    message: str
+    """One sentence: expected and found."""
+
+    def __str__(self) -> str:
+        return f"{self.where}: {self.message} [{self.kind}]"
+
+
+def _rebuild(kind: type[DcpResumeError], message: str, facts: dict[str, Any]) -> DcpResumeError:
+    return kind(message, **facts)
+
+
+class DcpResumeError(Exception):
+    """Base of every error of this library.
+
+    Args:
+        message: What failed, on which object, expected and found, and what to do.
+        facts: A value for each attribute that the class annotates; none more, none less.
+
+    Raises:
+        TypeError: A fact is missing or unknown (a bug at the raise site).
+    """
+
+    def __init__(self, message: str, **facts: Any) -> None:
+        super().__init__(message)
+        expected = self.fact_names()
+        if set(facts) != set(expected):
+            raise TypeError(f"{type(self).__name__} takes facts {expected}, got {sorted(facts)}")
+        self.message = message
+        self._facts = facts
+        for name, value in facts.items():
+            setattr(self, name, value)
+
+    @classmethod
+    def fact_names(cls) -> tuple[str, ...]:
+        """Names of the attributes that an instance carries, in order of declaration."""
+        names: dict[str, None] = {}
+        for base in reversed(cls.__mro__):
+            if issubclass(base, DcpResumeError):
+                names.update(dict.fromkeys(base.__dict__.get("__annotations__", {})))
+        return tuple(names)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return (_rebuild, (type(self), self.message, self._facts))
+
+    def __str__(self) -> str:
+        return self.message
+
+
+class ConfigurationError(DcpResumeError, ValueError):
+    """An option or argument that cannot work; raised before anything is touched."""
+
+    option: str
+    """Name of the option as the caller wrote it."""
+
+
+class StorageError(DcpResumeError, OSError):
+    """The store refused or failed an operation."""
+
+    url: str
+    """Root of the store, without credentials."""
+    key: str
+    """Key under the root; empty where the store as a whole is meant."""
+
+
+class KeyNotFound(StorageError, FileNotFoundError):
+    """Nothing lies under the key."""
+
+
+class KeyExists(StorageError, FileExistsError):
+    """An exclusive create found the key taken."""
+
+
+class OutcomeUnknown(StorageError):
+    """The answer to an exclusive create was lost: the key may or may not have been created.
+
+    Resolve it by repeating the same create with the same bytes until it answers.
+    """
+
+
+class StorageDenied(StorageError, PermissionError):
+    """Credentials are missing, wrong or expired, or do not allow the operation."""
+
+
+class StorageFull(StorageError):
+    """No space or quota is left."""
+
+
+class StorageUnavailable(StorageError):
+    """A transient fault (time-out, throttling, reset) outlived the deadline."""
+
+    attempts: int
+    """How often the operation was tried."""
+
+
+class ShortRead(StorageError):
+    """Fewer bytes came back than were asked for."""
+
+    expected_bytes: int
+    found_bytes: int
+
+
+class UnsupportedStore(StorageError):
+    """The store lacks a primitive that the commit protocol needs, such as an exclusive create."""
+
+
+class InvalidCheckpoint(DcpResumeError, ValueError):
+    """What lies on storage contradicts itself or its digests."""
+
+    problems: tuple[Problem, ...]
+    """Every fault found, not only the first."""
+
+
+class InvalidDocument(InvalidCheckpoint):
+    """A log record, manifest, catalog or chunk index is malformed."""
+
+
+class UnsupportedFormat(InvalidCheckpoint):
+    """The document was written by a newer format or needs a feature this reader lacks."""
+
+
+class CorruptData(InvalidCheckpoint):
+    """A block's bytes do not have the digest that was recorded when they were saved."""
+
+
+class MissingAncestors(InvalidCheckpoint):
+    """The checkpoint refers to files of ancestor checkpoints that are not at hand."""
+
+
+class CheckpointNotFound(DcpResumeError, LookupError):
+    """No committed checkpoint answers the request."""
+
+    url: str
+    request: str
+    """What was asked for: ``latest``, ``best`` or a step."""
+
+
+class StateError(DcpResumeError, ValueError):
+    """The state handed in cannot be saved as it is."""
+
+    problems: tuple[Problem, ...]
+
+
+class UnsupportedLeaf(StateError):
+    """A leaf of a type or dtype that this format never stores, because it would need pickle."""
+
+
+class DuplicateFqn(StateError):
+    """Two leaves share one name."""
+
+
+class ReplicaMismatch(StateError):
+    """Tensors taken for replicas hold different values on different ranks."""
+
+
+class IncompletePlan(StateError):
+    """The ranks' plans do not tile every tensor: a hole, an overlap, or contradicting shapes."""
+
+
+class LoadError(DcpResumeError):
+    """A load did not happen, or not wholly."""
+
+
+class LoadRefused(LoadError):
+    """The checkpoint does not fit the state; nothing was changed."""
+
+    problems: tuple[Problem, ...]
+
+
+class PartialLoad(LoadError):
+    """Some tensors were already written when a block failed, and no older checkpoint covers them."""
+
+    written_fqns: tuple[str, ...]
+    """Tensors whose memory was changed, wholly or in part."""
+    problems: tuple[Problem, ...]
+
+
+class SaveError(DcpResumeError):
+    """A save did not commit; the previous checkpoint is still the newest."""
+
+    step: int
+
+
+class RankErrors(SaveError):
+    """One or more ranks failed; the save failed on every rank."""
+
+    errors: Mapping[int, str]
+    """Rank → its error, as ``Type: message``."""
+
+
+class RankSilent(SaveError):
+    """One or more ranks did not report by the deadline (dead, hung or cut off)."""
+
+    ranks: tuple[int, ...]
+    phase: str
+    """The numbered step in which they were missed."""
+
+
+class StoreNotShared(SaveError):
+    """Ranks see different stores under one URL, such as node-local directories."""
+
+    ranks: tuple[int, ...]
+    """Ranks whose files the coordinator cannot see."""
+
+
+class CommitRefused(SaveError):
+    """The log holds a record that forbids this commit."""
+
+
+class ParentRetired(CommitRefused):
+    """A checkpoint that this one refers to was retired between planning and commit."""
+
+    parent: int
+    """Log number of the retired commit."""
+
+
+class CommitUnknown(SaveError):
+    """The commit's outcome could not be learned before the deadline; its files are kept."""
+
+    attempt: str
+
+
+class SaveInProgress(SaveError):
+    """A save is still running and the policy is to refuse a second one."""
+
+    running_step: int
+
+
+class Fenced(DcpResumeError):
+    """A newer incarnation of the run has opened the log: this process may never commit again."""
+
+    generation: int
+    """Our generation."""
+    found_generation: int
+    """The generation that fenced us."""
+
+
+class RunMismatch(DcpResumeError):
+    """Two different runs share one root."""
+
+    expected: str
+    found: str
+
+
+def summarise(problems: Sequence[Problem], *, limit: int = 20) -> str:
+    """Lay problems out one a line for a message; at most ``limit`` lines, with the rest counted."""
+    lines = [f"  - {problem}" for problem in problems[:limit]]
+    if len(problems) > limit:
+        lines.append(f"  … and {len(problems) - limit} more")
+    return "\n".join(lines)

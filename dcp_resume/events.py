@@ -1,0 +1,142 @@
+"""What happened, how long it took, how many bytes: typed events and their subscribers.
+
+    >>> seen = []
+    >>> unsubscribe = subscribe(seen.append)
+    >>> emit(StorageRetried(key="log/000000000001.json", attempt=2, delay_s=0.1, reason="503"))
+    >>> seen[0].key
+    'log/000000000001.json'
+    >>> unsubscribe()
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass
+
+__all__ = [
+    "CheckpointCommitted",
+    "CheckpointSkipped",
+    "Event",
+    "LoadFinished",
+    "PhaseFinished",
+    "RunOpened",
+    "SaveFailed",
+    "StorageRetried",
+    "emit",
+    "subscribe",
+]
+
+_log = logging.getLogger("dcp_resume")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Event:
+    """Base of all events."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RunOpened(Event):
+    """This incarnation appended its ``open`` record and owns the run."""
+
+    url: str
+    generation: int
+    resume_step: int | None
+    """Step of the resume source; None at the beginning of a run."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PhaseFinished(Event):
+    """One phase of a save or a load ended on this rank."""
+
+    phase: str
+    """``plan``, ``stage``, ``write``, ``report``, ``commit`` or ``read``."""
+    step: int
+    rank: int
+    duration_s: float
+    num_bytes: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CheckpointCommitted(Event):
+    """A checkpoint became the newest of the run."""
+
+    url: str
+    step: int
+    attempt: str
+    num_bytes: int
+    duration_s: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SaveFailed(Event):
+    """A save did not commit."""
+
+    step: int
+    reason: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LoadFinished(Event):
+    """A checkpoint was loaded and verified."""
+
+    url: str
+    step: int
+    rank: int
+    num_bytes: int
+    duration_s: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CheckpointSkipped(Event):
+    """A newer checkpoint was passed over on load, with the reason; an older one is tried."""
+
+    step: int
+    reason: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StorageRetried(Event):
+    """A transient storage fault is about to be retried."""
+
+    key: str
+    attempt: int
+    delay_s: float
+    reason: str
+
+
+_subscribers: list[Callable[[Event], object]] = []
+_lock = threading.Lock()
+
+
+def subscribe(subscriber: Callable[[Event], object]) -> Callable[[], None]:
+    """Call ``subscriber`` with every event of this process, from whichever thread emits it.
+
+    Returns:
+        A function that ends the subscription.
+    """
+    with _lock:
+        _subscribers.append(subscriber)
+
+    def unsubscribe() -> None:
+        with _lock:
+            if subscriber in _subscribers:
+                _subscribers.remove(subscriber)
+
+    return unsubscribe
+
+
+def emit(event: Event) -> None:
+    """Hand an event to every subscriber, and to the ``dcp_resume`` logger at debug level.
+
+    A subscriber that raises is logged with its traceback and does not disturb the save.
+    """
+    _log.debug("%s", event)
+    with _lock:
+        subscribers = tuple(_subscribers)
+    for subscriber in subscribers:
+        try:
+            subscriber(event)
+        except Exception:
+            _log.exception("event subscriber %r failed on %s", subscriber, event)
