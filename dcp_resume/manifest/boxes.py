@@ -1,0 +1,69 @@
+"""Boxes: n-dimensional integer ranges of a tensor, without data.
+
+>>> Box((0, 2), (4, 2)).intersect(Box((2, 0), (4, 3)))
+Box(offsets=(2, 2), sizes=(2, 1))
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+__all__ = ["Box"]
+
+
+@dataclass(frozen=True, slots=True, order=True)
+class Box:
+    """Where a chunk lies in its tensor: per dimension an offset and a size, in elements.
+
+    A 0-d tensor has the box ``Box((), ())`` of volume 1.
+    """
+
+    offsets: tuple[int, ...]
+    sizes: tuple[int, ...]
+
+    def __post_init__(self) -> None:
+        if len(self.offsets) != len(self.sizes):
+            raise ValueError(f"offsets and sizes differ in length: {self.offsets}, {self.sizes}")
+        if any(value < 0 for value in (*self.offsets, *self.sizes)):
+            raise ValueError(
+                f"offsets and sizes must not be negative: {self.offsets}, {self.sizes}"
+            )
+
+    @classmethod
+    def whole(cls, shape: tuple[int, ...]) -> Box:
+        """The box of a whole tensor of ``shape``."""
+        return cls((0,) * len(shape), shape)
+
+    @property
+    def volume(self) -> int:
+        """Number of elements."""
+        return math.prod(self.sizes)
+
+    @property
+    def stops(self) -> tuple[int, ...]:
+        """Per dimension the first index behind the box."""
+        return tuple(o + s for o, s in zip(self.offsets, self.sizes, strict=True))
+
+    def intersect(self, other: Box) -> Box | None:
+        """The common box, or None where the two share no element."""
+        offsets = tuple(map(max, self.offsets, other.offsets))
+        stops = tuple(map(min, self.stops, other.stops))
+        if len(self.offsets) != len(other.offsets):
+            raise ValueError(f"boxes of different rank: {self} and {other}")
+        if any(stop <= start for start, stop in zip(offsets, stops, strict=True)):
+            return None
+        return Box(offsets, tuple(b - a for a, b in zip(offsets, stops, strict=True)))
+
+    def contains(self, other: Box) -> bool:
+        """Whether every element of ``other`` lies in this box."""
+        return len(self.offsets) == len(other.offsets) and all(
+            a <= c and d <= b
+            for a, b, c, d in zip(self.offsets, self.stops, other.offsets, other.stops, strict=True)
+        )
+
+    def relative_to(self, outer: Box) -> Box:
+        """The same box, counted from the first element of ``outer``."""
+        return Box(
+            tuple(a - b for a, b in zip(self.offsets, outer.offsets, strict=True)), self.sizes
+        )

@@ -1,0 +1,101 @@
+"""The records of a run's log. Each is created if absent at the next number, and never changed.
+
+A ``commit`` record is THE COMMIT of a checkpoint: nothing else makes an attempt count.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import Field, TypeAdapter
+
+from dcp_resume.manifest.models import Count, Document, DocumentRef, FormatMark, TrainerFacts
+
+__all__ = [
+    "CommitRecord",
+    "LogRecord",
+    "OpenRecord",
+    "PinRecord",
+    "QuarantineRecord",
+    "RetireRecord",
+    "UnpinRecord",
+    "log_record_adapter",
+]
+
+
+class Record(Document):
+    """What every record says."""
+
+    format: FormatMark = FormatMark()
+    run: str
+    """UUID of the run, made with its first record."""
+    created: str
+    """RFC 3339, UTC."""
+
+
+class OpenRecord(Record):
+    """An incarnation of the run takes over, and chooses what it resumes from: one append."""
+
+    kind: Literal["open"] = "open"
+    generation: Annotated[int, Field(ge=1)]
+    """One more than the highest generation before it."""
+    resume_source: Count | None
+    """Log number of the commit to resume from; null to begin anew."""
+    incarnation: str
+    """Random id, so that a writer whose answer was lost recognises its own record."""
+
+
+class CommitRecord(Record):
+    """An attempt becomes a checkpoint."""
+
+    kind: Literal["commit"] = "commit"
+    generation: Annotated[int, Field(ge=1)]
+    step: Count
+    attempt: str
+    manifest: DocumentRef
+    """Relative to the run's root."""
+    parent: Count | None
+    """Log number of the newest commit at planning."""
+    references: tuple[Count, ...] = Field(default=(), strict=False)
+    """Log numbers of the commits whose files this checkpoint refers to."""
+    num_bytes: Count
+    trainer: TrainerFacts
+
+
+class RetireRecord(Record):
+    """A checkpoint no longer counts; its files may be swept after this record."""
+
+    kind: Literal["retire"] = "retire"
+    target: Count
+    reason: str = ""
+
+
+class PinRecord(Record):
+    """A checkpoint is kept whatever the retention policy says."""
+
+    kind: Literal["pin"] = "pin"
+    target: Count
+    label: str = ""
+
+
+class UnpinRecord(Record):
+    """A pin is lifted."""
+
+    kind: Literal["unpin"] = "unpin"
+    target: Count
+
+
+class QuarantineRecord(Record):
+    """A checkpoint was found damaged: it is not resumed from, and not deleted."""
+
+    kind: Literal["quarantine"] = "quarantine"
+    target: Count
+    reason: str = ""
+
+
+LogRecord = Annotated[
+    OpenRecord | CommitRecord | RetireRecord | PinRecord | UnpinRecord | QuarantineRecord,
+    Field(discriminator="kind"),
+]
+
+log_record_adapter: TypeAdapter[Any] = TypeAdapter(LogRecord)
