@@ -10,12 +10,49 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from dcp_resume import errors, events
+    from dcp_resume.manager.checkpoint_manager import CheckpointManager
+    from dcp_resume.manager.pending import PendingSave
+    from dcp_resume.manager.settings import SaveMode, Settings, WhenBusy
+    from dcp_resume.manager.trainer_state import TrainerState
+    from dcp_resume.manifest.models import Manifest
+    from dcp_resume.planning.load_planner import LoadPlanner
+    from dcp_resume.planning.save_planner import SavePlanner
+    from dcp_resume.planning.state import Declarations
+    from dcp_resume.session.compare import LoadReport, Severity, Strictness
+    from dcp_resume.session.dcp_reader import Reader
+    from dcp_resume.session.dcp_writer import Writer
+    from dcp_resume.session.load import LoadOptions, LoadResult
+    from dcp_resume.session.save import SaveResult
+    from dcp_resume.session.targets import Apply
+    from dcp_resume.storage.opening import open_store
+    from dcp_resume.storage.retry import RetryPolicy
 else:
     import importlib
 
     _HOMES = {
+        "Apply": "dcp_resume.session.targets",
+        "CheckpointManager": "dcp_resume.manager.checkpoint_manager",
+        "Declarations": "dcp_resume.planning.state",
+        "LoadOptions": "dcp_resume.session.load",
+        "LoadPlanner": "dcp_resume.planning.load_planner",
+        "LoadReport": "dcp_resume.session.compare",
+        "LoadResult": "dcp_resume.session.load",
+        "Manifest": "dcp_resume.manifest.models",
+        "PendingSave": "dcp_resume.manager.pending",
+        "Reader": "dcp_resume.session.dcp_reader",
+        "RetryPolicy": "dcp_resume.storage.retry",
+        "SaveMode": "dcp_resume.manager.settings",
+        "SavePlanner": "dcp_resume.planning.save_planner",
+        "SaveResult": "dcp_resume.session.save",
+        "Settings": "dcp_resume.manager.settings",
+        "Severity": "dcp_resume.session.compare",
+        "Strictness": "dcp_resume.session.compare",
+        "TrainerState": "dcp_resume.manager.trainer_state",
+        "WhenBusy": "dcp_resume.manager.settings",
+        "Writer": "dcp_resume.session.dcp_writer",
         "errors": "dcp_resume.errors",
         "events": "dcp_resume.events",
+        "open_store": "dcp_resume.storage.opening",
     }
 
     def __getattr__(name: str) -> object:
@@ -23,7 +60,31 @@ else:
         if home is None:
             raise AttributeError(f"module 'dcp_resume' has no attribute {name!r}")
         module = importlib.import_module(home)
-        return module if home.endswith(f".{name}") else getattr(module, name)
+        return module if home == f"{__name__}.{name}" else getattr(module, name)
 
 
-__all__ = ["errors", "events"]
+__all__ = [
+    "Apply",
+    "CheckpointManager",
+    "Declarations",
+    "LoadOptions",
+    "LoadPlanner",
+    "LoadReport",
+    "LoadResult",
+    "Manifest",
+    "PendingSave",
+    "Reader",
+    "RetryPolicy",
+    "SaveMode",
+    "SavePlanner",
+    "SaveResult",
+    "Settings",
+    "Severity",
+    "Strictness",
+    "TrainerState",
+    "WhenBusy",
+    "Writer",
+    "errors",
+    "events",
+    "open_store",
+]

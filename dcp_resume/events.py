@@ -1,11 +1,11 @@
 """What happened, how long it took, how many bytes: typed events and their subscribers.
 
-    >>> seen = []
-    >>> unsubscribe = subscribe(seen.append)
-    >>> emit(StorageRetried(key="log/000000000001.json", attempt=2, delay_s=0.1, reason="503"))
-    >>> seen[0].key
-    'log/000000000001.json'
-    >>> unsubscribe()
+>>> seen = []
+>>> unsubscribe = subscribe(seen.append)
+>>> emit(StorageRetried(key="log/000000000001.json", attempt=2, delay_s=0.1, reason="503"))
+>>> seen[0].key
+'log/000000000001.json'
+>>> unsubscribe()
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ __all__ = [
     "PhaseFinished",
     "RunOpened",
     "SaveFailed",
+    "StepReached",
     "StorageRetried",
     "emit",
     "subscribe",
@@ -44,6 +45,15 @@ class RunOpened(Event):
     generation: int
     resume_step: int | None
     """Step of the resume source; None at the beginning of a run."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StepReached(Event):
+    """This rank begins a numbered step of a save; ``session.save`` lists them."""
+
+    number: int
+    step: int
+    rank: int
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

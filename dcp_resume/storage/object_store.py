@@ -4,9 +4,10 @@ A store keeps immutable objects under keys relative to its root (``log/000000000
 There are no directories, no rename and no append in this vocabulary, because object stores have
 none. ``tests/contracts/object_store.py`` holds every backend to each sentence below.
 
-Keys are relative, ``/``-separated, non-empty, without ``.`` or ``..`` or empty segments, and made
-of ``[A-Za-z0-9._-]``; every operation raises ``ConfigurationError`` for any other key, before it
-touches the store.
+Keys are relative, ``/``-separated, non-empty, and made of ``[A-Za-z0-9._-]``; no segment is empty
+or begins with a dot (that keeps out ``..``, temporary files, NFS's ``.nfs…`` and ``.snapshot``).
+Every operation raises ``ConfigurationError`` for any other key, before it touches the store. No key
+may be a directory of another (``log`` beside ``log/1``): what then happens differs by backend.
 """
 
 from __future__ import annotations
@@ -39,6 +40,13 @@ class RangeRead:
 
     byte_range: ByteRange
     into: memoryview
+
+    def __post_init__(self) -> None:
+        if len(self.byte_range) != self.into.nbytes or self.into.readonly:
+            raise ValueError(
+                f"a read of {len(self.byte_range)} bytes needs writable memory of that size, "
+                f"got {self.into.nbytes} bytes, readonly={self.into.readonly}"
+            )
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,8 +89,9 @@ class ObjectStore(Protocol):
         """Write one object from the concatenation of ``buffers``, replacing any under the key.
 
         Durable and whole when it returns; until then, and after any failure, readers see nothing
-        new under the key. The buffers (contiguous, format ``B``) are read in place, and must not
-        change until the call returns.
+        new under the key; only after ``StorageUnavailable`` may the whole object appear after all
+        (the answer was lost). The buffers (contiguous, format ``B``) are read in place, and must
+        not change until the call returns.
 
         Returns:
             Bytes written.
@@ -118,7 +127,8 @@ class ObjectStore(Protocol):
     def list(self, prefix: str, *, start_after: str = "") -> Iterator[ObjectInfo]:
         """List the objects whose key starts with ``prefix``, in ascending order of key.
 
-        Never from a cache; finished objects only (no temporary files, no unfinished uploads).
+        Never from a cache; finished objects under valid keys only (no temporary files, no
+        unfinished uploads, no foreign names).
         ``prefix`` may be empty, or end inside a segment. Keys up to and including ``start_after``
         are left out. An absent prefix lists nothing.
         """
@@ -132,14 +142,16 @@ class ObjectStore(Protocol):
     def prepare(self, prefix: str) -> None:
         """Make ``prefix`` ready to hold objects, durably.
 
-        File systems create and fsync each directory up to one that existed; object stores do
-        nothing. ``write`` and ``create`` below a prefix that was not prepared are allowed too.
+        ``prefix`` names a directory, with or without its last slash. File systems create and fsync
+        each directory up to one that existed; object stores do nothing. ``write`` and ``create``
+        below a prefix that was not prepared are allowed too.
         """
 
     def unfinished(self, prefix: str) -> Iterator[ObjectInfo]:
-        """List what interrupted writes left under ``prefix``: temporary files, open uploads.
+        """List what interrupted writes to keys under ``prefix`` left: files, open uploads.
 
-        ``key`` is an opaque name for ``discard``; ``modified_s`` says when the write began.
+        ``key`` is an opaque name for ``discard``; ``modified_s`` says when the write began or last
+        made progress; ``size`` is 0 where the store does not tell.
         """
 
     def discard(self, unfinished: Iterable[ObjectInfo]) -> None:

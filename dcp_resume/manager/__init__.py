@@ -1,0 +1,1 @@
+"""Many checkpoints over a run: when to save, what to resume from, what a trainer holds."""

@@ -1,0 +1,372 @@
+"""``CheckpointManager``: what a trainer holds. It decides and delegates; sessions do the work."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from types import TracebackType
+from typing import Any, Literal, Self
+
+from dcp_resume.errors import (
+    CheckpointNotFound,
+    ConfigurationError,
+    InvalidCheckpoint,
+    LoadRefused,
+    PartialLoad,
+    SaveInProgress,
+)
+from dcp_resume.events import CheckpointSkipped, SaveFailed, emit
+from dcp_resume.manager.pending import PendingSave
+from dcp_resume.manager.settings import SaveMode, Settings, WhenBusy
+from dcp_resume.manager.stateful import bind_state
+from dcp_resume.manager.trainer_state import TrainerState
+from dcp_resume.manifest.history import CommitEntry, RunHistory
+from dcp_resume.manifest.models import TrainerFacts
+from dcp_resume.planning.state import describe_state
+from dcp_resume.session.commit import quarantine
+from dcp_resume.session.documents import Facts
+from dcp_resume.session.load import LoadOptions, LoadResult, LoadSession, Located, locate
+from dcp_resume.session.ownership import own_run
+from dcp_resume.session.ranks import Ranks
+from dcp_resume.session.run_log import RunLog
+from dcp_resume.session.save import Run, SaveResult, SaveSession
+from dcp_resume.session.staging import BufferPool
+from dcp_resume.storage import open_store
+
+__all__ = ["CheckpointManager"]
+
+Request = int | Literal["latest", "best"]
+
+
+class CheckpointManager:
+    """Saves, finds and loads the checkpoints of one run.
+
+    Make one on every rank, after ``init_process_group``, and call its methods on every rank alike.
+
+        >>> import tempfile, torch
+        >>> model = torch.nn.Linear(4, 2)
+        >>> with CheckpointManager(tempfile.mkdtemp()) as checkpoints:
+        ...     _ = checkpoints.resume({"model": model})
+        ...     checkpoints.save(10, {"model": model}).result().step
+        10
+
+    Args:
+        url: Root of the run: a path, ``file://``, ``s3://bucket/prefix`` or another fsspec URL. It
+            must be the same storage for every rank.
+        settings: Options.
+        model_facts: What the drift report compares, such as layer counts.
+
+    Raises:
+        ConfigurationError: The URL's scheme is unknown.
+    """
+
+    def __init__(
+        self,
+        url: str | os.PathLike[str],
+        settings: Settings | None = None,
+        *,
+        model_facts: Mapping[str, Any] | None = None,
+    ) -> None:
+        self.settings = settings or Settings()
+        self._model_facts = dict(model_facts or {})
+        self._store = open_store(
+            os.fspath(url),
+            storage_options=self.settings.storage_options,
+            retry=self.settings.retry,
+        )
+        self._log = RunLog(self._store)
+        self._ranks = Ranks()
+        self._pool = BufferPool()
+        self._background = ThreadPoolExecutor(1, "dcp-resume-save")
+        self._run: Run | None = None
+        self._loaded_seq: int | None = None
+        self._pending: PendingSave | None = None
+
+    # Saving.
+
+    def should_save(self, step: int) -> bool:
+        """Whether ``step`` is due by ``save_interval``."""
+        interval = self.settings.save_interval
+        return interval > 0 and step > 0 and step % interval == 0
+
+    def save(self, step: int, state: Mapping[str, Any]) -> PendingSave:
+        """Save the state after ``step`` optimizer steps.
+
+        Args:
+            step: Optimizer steps completed.
+            state: Top-level keys are parts; values are modules, lists of modules (pipeline
+                stages), optimizers, Statefuls, tensors, nested mappings, or plain values.
+
+        Returns:
+            The save; already committed in ``SaveMode.BLOCKING``.
+
+        Raises:
+            SaveInProgress: One is running, and the policy is to refuse.
+            RankErrors: A rank failed.
+            RankSilent: A rank did not answer by the deadline.
+            StateError: The state cannot be saved as it is.
+            Fenced: A newer incarnation owns the run.
+            SaveError: This save, or an earlier one in the background, did not commit.
+            StorageError: The store failed on the coordinator.
+        """
+        self._finish_previous(step)
+        if self._run is None:
+            self._own(lambda history: self._loaded_seq)
+        assert self._run is not None
+        session = SaveSession(
+            self._run,
+            self._votes(step),
+            step=step,
+            facts=Facts(self._trainer_facts(step, state), self._model_facts),
+            declarations=self.settings.declarations,
+        )
+        is_blocking = self.settings.mode is SaveMode.BLOCKING
+        session.stage(bind_state(state).state_dict(), None if is_blocking else self._pool)
+        if is_blocking:
+            future: Future[SaveResult] = Future()
+            future.set_result(session.finish())
+        else:
+            future = self._background.submit(_finish, session, step)
+        self._pending = PendingSave(step, future)
+        return self._pending
+
+    def wait(self, timeout_s: float | None = None) -> None:
+        """Wait until no save is running.
+
+        Raises:
+            TimeoutError: Still running after ``timeout_s``.
+            SaveError: The running save did not commit.
+        """
+        if self._pending is not None:
+            pending = self._pending
+            pending.result(timeout_s)
+            self._pending = None
+
+    # Finding.
+
+    def history(self) -> RunHistory:
+        """The run's log as it is now.
+
+        Raises:
+            InvalidDocument: A record is malformed.
+            StorageError: The store failed.
+        """
+        return self._log.refresh()
+
+    def steps(self) -> list[int]:
+        """Steps of the usable checkpoints on the run's lineage, oldest first."""
+        return [entry.record.step for entry in self.history().lineage()][::-1]
+
+    def latest(self) -> int | None:
+        """Step of the newest usable checkpoint; None in a run without one."""
+        newest = self.history().newest()
+        return newest.record.step if newest else None
+
+    # Loading.
+
+    def load(
+        self,
+        state: Mapping[str, Any],
+        step: Request = "latest",
+        *,
+        options: LoadOptions | None = None,
+    ) -> LoadResult:
+        """Load one checkpoint into the state; owns nothing, falls back to nothing.
+
+        Args:
+            state: As for ``save``; tensors are written in place.
+            step: A step, ``latest`` or ``best``.
+            options: Instead of those of the settings.
+
+        Raises:
+            CheckpointNotFound: No checkpoint answers the request.
+            LoadRefused: It does not fit the state; nothing changed.
+            InvalidCheckpoint: It is damaged, and no tensor changed.
+            PartialLoad: It is damaged, and tensors had changed.
+            StorageError: The store failed.
+        """
+        self.wait()
+        located = locate(self._votes(0), lambda: Located.of(self._find(self._log.refresh(), step)))
+        result = self._load(located, state, options or self.settings.load)
+        self._loaded_seq = result.seq
+        return result
+
+    def resume(self, state: Mapping[str, Any], step: Request = "latest") -> LoadResult | None:
+        """Take the run over, and load what it resumes from.
+
+        Choosing the checkpoint and taking over are one append to the log, so that no commit of an
+        older incarnation is lost between them. With ``latest``, a damaged checkpoint is
+        quarantined, said loudly (``CheckpointSkipped``, a warning in the log), and the next older
+        whole one is taken, by all ranks alike.
+
+        Returns:
+            The load; None for a run that has no checkpoint yet and ``latest`` was asked.
+
+        Raises:
+            CheckpointNotFound: ``best`` or a step was asked and is not there.
+            LoadRefused: It does not fit the state; nothing changed.
+            InvalidCheckpoint: The asked step is damaged, or no older checkpoint is whole.
+            PartialLoad: Tensors had changed, and no older checkpoint covers them.
+            StorageError: The store failed.
+        """
+        self.wait()
+        changed: set[str] = set()
+        failure: InvalidCheckpoint | PartialLoad | None = None
+        while True:
+            run = self._own(lambda history: self._choose(history, step))
+            source = run.opened.resume_source
+            if source is None:
+                if failure is not None:
+                    raise failure
+                return None
+            located = locate(
+                self._votes(0),
+                lambda seq=source: Located.of(  # type: ignore[misc]
+                    CommitEntry(seq, self._log.history.commits[seq])
+                ),
+            )
+            try:
+                return self._load(located, state, self.settings.load, changed)
+            except (InvalidCheckpoint, PartialLoad) as error:
+                if step != "latest":
+                    raise
+                failure = error
+                changed.update(getattr(error, "written_fqns", ()))
+                self._skip(source, error)
+
+    def close(self) -> None:
+        """Wait for the running save, and release the store.
+
+        Raises:
+            SaveError: The running save did not commit.
+        """
+        try:
+            self.wait()
+        finally:
+            self._background.shutdown()
+            self._pool.clear()
+            self._store.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    # Inside.
+
+    def _votes(self, step: int) -> Any:
+        return self._ranks.votes(step=step, deadline_s=self.settings.deadline_s)
+
+    def _own(self, choose: Any) -> Run:
+        votes = self._votes(0)
+        self._run = own_run(self._store, self._log, votes, choose, is_probed=self._run is not None)
+        return self._run
+
+    def _finish_previous(self, step: int) -> None:
+        pending = self._pending
+        if pending is None:
+            return
+        if not pending.is_done and self.settings.when_busy is WhenBusy.REFUSE:
+            raise SaveInProgress(
+                f"cannot save step {step}: step {pending.step} is still being written; save less "
+                f"often, or set when_busy=WhenBusy.WAIT",
+                step=step,
+                running_step=pending.step,
+            )
+        self._pending = None
+        if not pending.is_done:
+            pending.result()
+        pending.raise_unseen()
+
+    def _find(self, history: RunHistory, step: Request) -> CommitEntry:
+        if step == "latest":
+            entry = history.newest()
+        elif step == "best":
+            mode: Literal["min", "max"] = "max" if self.settings.monitor_mode == "max" else "min"
+            entry = history.best(self.settings.monitor, mode)
+        elif isinstance(step, int):
+            entry = history.find_step(step, is_any_line=True)
+        else:
+            raise ConfigurationError(
+                f"step must be an integer, 'latest' or 'best', got {step!r}", option="step"
+            )
+        if entry is None:
+            steps = [e.record.step for e in history.lineage()]
+            raise CheckpointNotFound(
+                f"{self._store.url} has no usable checkpoint for {step!r}; it has steps "
+                f"{steps[::-1]}",
+                url=self._store.url,
+                request=str(step),
+            )
+        return entry
+
+    def _choose(self, history: RunHistory, step: Request) -> int | None:
+        if step == "latest" and history.newest() is None:
+            return None
+        return self._find(history, step).seq
+
+    def _load(
+        self,
+        located: Located,
+        state: Mapping[str, Any],
+        options: LoadOptions,
+        changed: set[str] | None = None,
+    ) -> LoadResult:
+        session = LoadSession(self._store, self._votes(0), located, options)
+        session.open()
+        uncovered = sorted((changed or set()) - set(session.opened.tensor_ids))
+        if uncovered:
+            raise PartialLoad(
+                f"tensors {uncovered} were already changed by a damaged checkpoint, and step "
+                f"{session.opened.manifest.step} does not hold them; start from fresh objects",
+                written_fqns=tuple(uncovered),
+                problems=(),
+            )
+        bound = bind_state(state)
+        try:
+            described = describe_state(bound.state_dict(), self.settings.declarations)
+            report = session.compare(described)
+        except LoadRefused:
+            bound.undo()
+            raise
+        result = session.read(described, report)
+        paths = {
+            fqn: path
+            for fqn, (path, _) in (*described.values.items(), *described.per_rank_values.items())
+        }
+        bound.apply(result.values, paths)
+        return result
+
+    def _skip(self, source: int, error: InvalidCheckpoint | PartialLoad) -> None:
+        """Mark the checkpoint as damaged, so that nobody resumes from it again."""
+        entry = self._log.history.commits[source]
+        emit(CheckpointSkipped(step=entry.step, reason=str(error)))
+        if self._ranks.rank == 0:
+            quarantine(self._log, source, reason=str(error)[:2000])
+
+    def _trainer_facts(self, step: int, state: Mapping[str, Any]) -> TrainerFacts:
+        trainer = next((v for v in state.values() if isinstance(v, TrainerState)), None)
+        if trainer is None:
+            return TrainerFacts(step=step)
+        if trainer.step != step:
+            raise ConfigurationError(
+                f"save({step}, …) but the trainer state is at step {trainer.step}; call "
+                f"advance(step=…) before save()",
+                option="step",
+            )
+        return trainer.to_facts()
+
+
+def _finish(session: SaveSession, step: int) -> SaveResult:
+    try:
+        return session.finish()
+    except Exception as error:
+        emit(SaveFailed(step=step, reason=str(error)))
+        raise

@@ -1,0 +1,69 @@
+"""Every option of a ``CheckpointManager``, with its unit, default and check."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from enum import Enum
+from typing import Any
+
+from dcp_resume.errors import ConfigurationError
+from dcp_resume.planning.state import Declarations
+from dcp_resume.session.load import LoadOptions
+from dcp_resume.storage import RetryPolicy
+
+__all__ = ["SaveMode", "Settings", "WhenBusy"]
+
+
+class SaveMode(Enum):
+    """When ``save`` returns."""
+
+    BLOCKING = "blocking"
+    """When the checkpoint is committed; no staging copy is made."""
+    BACKGROUND = "background"
+    """When the state is copied; writing and commit go on in a thread."""
+
+
+class WhenBusy(Enum):
+    """What a save does while another one is still running."""
+
+    WAIT = "wait"
+    REFUSE = "refuse"
+    """Raise ``SaveInProgress``, alike on all ranks."""
+
+
+@dataclass(frozen=True, slots=True)
+class Settings:
+    """Options, checked together at construction.
+
+    Raises:
+        ConfigurationError: An option, or a combination, that cannot work.
+    """
+
+    save_interval: int = 0
+    """Steps between saves for ``should_save``; 0 saves only when asked."""
+    mode: SaveMode = SaveMode.BACKGROUND
+    when_busy: WhenBusy = WhenBusy.WAIT
+    deadline_s: float = 1800.0
+    """Seconds after which a save or load fails on every rank that still waits for another."""
+    declarations: Declarations = field(default_factory=Declarations)
+    load: LoadOptions = field(default_factory=LoadOptions)
+    storage_options: Mapping[str, Any] = field(default_factory=dict)
+    """Passed to the file system: endpoint, credentials, profile."""
+    retry: RetryPolicy = field(default_factory=RetryPolicy)
+    monitor: str = "loss"
+    """Metric of the trainer state that ``best`` compares."""
+    monitor_mode: str = "min"
+    """``min`` or ``max``."""
+
+    def __post_init__(self) -> None:
+        if self.save_interval < 0:
+            raise _wrong("save_interval", self.save_interval, "0 or more steps")
+        if self.deadline_s <= 0:
+            raise _wrong("deadline_s", self.deadline_s, "more than 0 seconds")
+        if self.monitor_mode not in ("min", "max"):
+            raise _wrong("monitor_mode", self.monitor_mode, "'min' or 'max'")
+
+
+def _wrong(option: str, value: object, expected: str) -> ConfigurationError:
+    return ConfigurationError(f"{option} must be {expected}, got {value!r}", option=option)

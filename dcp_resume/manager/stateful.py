@@ -1,0 +1,179 @@
+"""Turn what a trainer holds (modules, optimizers, Statefuls, values) into a state dict, and back.
+
+Names are free of wrappers: DDP, FSDP2 and ``torch.compile`` prefixes are stripped by torch's own
+state dict helpers, and optimizer state is keyed by the parameter's FQN, never by index. Pipeline
+stages hand in their model parts as a list; parts must use global layer names.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, Protocol, runtime_checkable
+
+import torch
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_model_state_dict,
+    get_optimizer_state_dict,
+    set_model_state_dict,
+    set_optimizer_state_dict,
+)
+from torch.nn import Module
+from torch.optim import Optimizer
+
+from dcp_resume.errors import ConfigurationError, DuplicateFqn, Problem
+
+__all__ = ["Bound", "Stateful", "bind_state"]
+
+
+@runtime_checkable
+class Stateful(Protocol):
+    """Anything with DCP's pair of methods."""
+
+    def state_dict(self) -> Mapping[str, Any]:
+        """For saving."""
+
+    def load_state_dict(self, state_dict: Mapping[str, Any]) -> object:
+        """For loading."""
+
+
+_FLAT = StateDictOptions(flatten_optimizer_state_dict=True, strict=False)
+
+
+class _Models:
+    """The model parts of this rank, as one Stateful."""
+
+    def __init__(self, key: str, parts: Sequence[Module]) -> None:
+        self._key, self.parts = key, parts
+
+    def state_dict(self) -> Mapping[str, Any]:
+        merged: dict[str, Any] = {}
+        for part in self.parts:
+            merge_disjoint(merged, get_model_state_dict(part), self._key)
+        return merged
+
+    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
+        for part in self.parts:
+            set_model_state_dict(part, dict(state_dict), options=StateDictOptions(strict=False))
+
+
+class _Optimizers:
+    """The optimizers of this rank, keyed by FQN."""
+
+    def __init__(self, key: str, pairs: Sequence[tuple[Module, Optimizer]]) -> None:
+        self._key, self.pairs = key, pairs
+
+    def state_dict(self) -> Mapping[str, Any]:
+        merged: dict[str, Any] = {}
+        for model, optimizer in self.pairs:
+            state = get_optimizer_state_dict(model, optimizer, options=_FLAT)
+            merge_disjoint(merged, state, self._key)
+        return merged
+
+    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
+        for model, optimizer in self.pairs:
+            set_optimizer_state_dict(model, optimizer, dict(state_dict), options=_FLAT)
+
+    def untouched(self) -> list[Optimizer]:
+        """Optimizers that have made no state yet; asking for their state dict makes one."""
+        return [optimizer for _, optimizer in self.pairs if not optimizer.state]
+
+
+def merge_disjoint(merged: dict[str, Any], more: Mapping[str, Any], key: str) -> None:
+    """Add ``more`` to ``merged``.
+
+    Raises:
+        DuplicateFqn: Two model parts use one name.
+    """
+    common = sorted(merged.keys() & more.keys())
+    if common:
+        problem = Problem(f"{key}.{common[0]}", "duplicate", "two model parts use the name")
+        raise DuplicateFqn(
+            f"{problem}; name layers by their global index on every pipeline stage",
+            problems=(problem,),
+        )
+    merged.update(more)
+
+
+class Bound:
+    """A trainer's objects, bound to the state dict that is saved or loaded."""
+
+    def __init__(self, state: Mapping[str, Any], sources: Mapping[str, Stateful]) -> None:
+        self._plain = {key: value for key, value in state.items() if key not in sources}
+        self._sources = sources
+        self._fresh: list[Optimizer] = []
+        self._dicts: dict[str, Any] = {}
+
+    def state_dict(self) -> dict[str, Any]:
+        """Ask every object for its state; tensors are the objects' own memory."""
+        for source in self._sources.values():
+            if isinstance(source, _Optimizers):
+                self._fresh.extend(source.untouched())
+        self._dicts = {key: dict(source.state_dict()) for key, source in self._sources.items()}
+        return {**self._plain, **self._dicts}
+
+    def undo(self) -> None:
+        """Forget optimizer state that ``state_dict`` made, after a refused load."""
+        for optimizer in self._fresh:
+            optimizer.state.clear()
+        self._fresh.clear()
+
+    def apply(self, values: Mapping[str, object], paths: Mapping[str, Sequence[Any]]) -> None:
+        """Put loaded non-tensor leaves into the state dicts, and hand these to their objects.
+
+        Args:
+            values: FQN → value.
+            paths: FQN → key path in the state dict that ``state_dict`` returned.
+        """
+        with torch.no_grad():
+            whole = {**self._plain, **self._dicts}
+            for fqn, value in values.items():
+                _set_path(whole, paths[fqn], value)
+            for key, source in self._sources.items():
+                source.load_state_dict(self._dicts[key])
+
+
+def _set_path(state: Any, path: Sequence[Any], value: object) -> None:
+    keys = [key["key"] if isinstance(key, dict) else key for key in path]
+    for key in keys[:-1]:
+        state = state[key]
+    state[keys[-1]] = value
+
+
+def bind_state(state: Mapping[str, Any]) -> Bound:
+    """Recognise modules, lists of modules, optimizers and Statefuls among the values.
+
+    An optimizer belongs to the model of the state; with several model parts hand in as many
+    optimizers, in the same order.
+
+    Raises:
+        ConfigurationError: An optimizer without a model, or counts that differ.
+    """
+    models = {key: value for key, value in state.items() if _all_are(value, Module)}
+    sources: dict[str, Stateful] = {}
+    for key, value in state.items():
+        if key in models:
+            sources[key] = _Models(key, _as_list(value))
+        elif _all_are(value, Optimizer):
+            parts = [part for model in models.values() for part in _as_list(model)]
+            optimizers = _as_list(value)
+            if len(parts) != len(optimizers):
+                raise ConfigurationError(
+                    f"state[{key!r}] has {len(optimizers)} optimizer(s) for {len(parts)} model "
+                    f"part(s); names of optimizer state come from the model: put the model into "
+                    f"the state, one optimizer a part, in the same order",
+                    option=key,
+                )
+            sources[key] = _Optimizers(key, list(zip(parts, optimizers, strict=True)))
+        elif isinstance(value, Stateful) and not isinstance(value, Mapping):
+            sources[key] = value
+    return Bound(state, sources)
+
+
+def _as_list(value: Any) -> list[Any]:
+    return list(value) if isinstance(value, (list, tuple)) else [value]
+
+
+def _all_are(value: object, kind: type) -> bool:
+    items = _as_list(value)
+    return bool(items) and all(isinstance(item, kind) for item in items)

@@ -1,0 +1,1 @@
+"""Who writes what, and who reads what. No I/O: integers, arrays and state dicts in, plans out."""

@@ -1,0 +1,205 @@
+"""Overlaps → verified byte ranges of data files, and the copies that each range feeds. Pure.
+
+A range is a whole number of digest blocks, so that it can be proved alone. An overlap that is one
+run of bytes in the chunk and in the target is copied as bytes and may be cut anywhere; any other
+is cut along the chunk's first dim into groups of whole rows, and adjacent groups may read their
+shared block twice.
+
+Merge rule: two ranges of one file become one read if the gap between them is at most ``max_gap``
+and the read stays within ``max_bytes``; a single overlap larger than that is cut.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from dcp_resume.planning.overlaps import Overlap
+
+__all__ = ["BoxCopy", "BytesCopy", "ChunkPlace", "Read", "plan_reads"]
+
+
+@dataclass(frozen=True, slots=True)
+class BytesCopy:
+    """Copy one run of bytes."""
+
+    target: int
+    source_begin: int
+    """Position in the file."""
+    target_begin: int
+    """Position in the target's row-major bytes."""
+    length: int
+
+
+@dataclass(frozen=True, slots=True)
+class BoxCopy:
+    """Copy a box out of some whole rows of a chunk."""
+
+    target: int
+    source_begin: int
+    """Position in the file of the first row."""
+    source_sizes: tuple[int, ...]
+    """Shape of the rows, elements."""
+    source_offsets: tuple[int, ...]
+    """Where the box begins in the rows."""
+    target_offsets: tuple[int, ...]
+    sizes: tuple[int, ...]
+    """Shape of the box."""
+
+
+Copy = BytesCopy | BoxCopy
+
+
+@dataclass(frozen=True, slots=True)
+class ChunkPlace:
+    """Where a chunk lies."""
+
+    file: int
+    begin: int
+    """Position in the file, bytes."""
+    sizes: tuple[int, ...]
+    itemsize: int
+    target_sizes: tuple[int, ...]
+    """Shape of the target that the overlap goes to."""
+
+
+@dataclass(frozen=True, slots=True)
+class Read:
+    """One verified range of one file."""
+
+    file: int
+    start: int
+    stop: int
+    first_block: int
+    """Number of the first block within the file."""
+    copies: tuple[Copy, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class _Need:
+    start: int
+    stop: int
+    copy: Copy
+
+
+def _is_one_run(sizes: Sequence[int], box: Sequence[int]) -> bool:
+    """Whether a box of shape ``box`` is contiguous in a row-major array of shape ``sizes``."""
+    for dim, (size, extent) in enumerate(zip(sizes, box, strict=True)):
+        if extent != 1:
+            return tuple(box[dim + 1 :]) == tuple(sizes[dim + 1 :])
+        del size
+    return True
+
+
+def _flat(sizes: Sequence[int], offsets: Sequence[int]) -> int:
+    """Row-major element number of ``offsets`` in an array of shape ``sizes``."""
+    position = 0
+    for size, offset in zip(sizes, offsets, strict=True):
+        position = position * size + offset
+    return position
+
+
+def _needs(overlap: Overlap, place: ChunkPlace, max_bytes: int) -> list[_Need]:
+    box, item = overlap.in_chunk, place.itemsize
+    if _is_one_run(place.sizes, box.sizes) and _is_one_run(place.target_sizes, box.sizes):
+        return _byte_needs(overlap, place, max_bytes)
+    row_bytes = math.prod(place.sizes[1:]) * item
+    group = max(1, max_bytes // max(row_bytes, 1))
+    first, last = box.offsets[0], box.stops[0]
+    needs: list[_Need] = []
+    for row in range(first, last, group):
+        rows = min(group, last - row)
+        begin = place.begin + row * row_bytes
+        copy = BoxCopy(
+            target=overlap.target,
+            source_begin=begin,
+            source_sizes=(rows, *place.sizes[1:]),
+            source_offsets=(0, *box.offsets[1:]),
+            target_offsets=(
+                overlap.in_target.offsets[0] + row - first,
+                *overlap.in_target.offsets[1:],
+            ),
+            sizes=(rows, *box.sizes[1:]),
+        )
+        needs.append(_Need(begin, begin + rows * row_bytes, copy))
+    return needs
+
+
+def _byte_needs(overlap: Overlap, place: ChunkPlace, max_bytes: int) -> list[_Need]:
+    item = place.itemsize
+    source = place.begin + _flat(place.sizes, overlap.in_chunk.offsets) * item
+    target = _flat(place.target_sizes, overlap.in_target.offsets) * item
+    length = overlap.box.volume * item
+    needs: list[_Need] = []
+    # Cut at multiples of max_bytes counted from the chunk, where blocks begin too.
+    position = source
+    while position < source + length:
+        limit = place.begin + ((position - place.begin) // max_bytes + 1) * max_bytes
+        stop = min(source + length, limit)
+        copy = BytesCopy(overlap.target, position, target + position - source, stop - position)
+        needs.append(_Need(position, stop, copy))
+        position = stop
+    return needs
+
+
+def plan_reads(
+    overlaps: Sequence[Overlap],
+    places: Sequence[ChunkPlace],
+    bounds: dict[int, npt.NDArray[np.int64]],
+    *,
+    max_gap: int,
+    max_bytes: int,
+) -> list[Read]:
+    """Plan the reads of one rank.
+
+    Args:
+        overlaps: What to copy.
+        places: Per overlap where its chunk lies.
+        bounds: Per file the ascending positions of its block starts, and the file size last.
+        max_gap: Bytes of a gap that is read rather than split over.
+        max_bytes: Bytes of a read, a multiple of the block size.
+
+    Returns:
+        Reads in ascending order of file and position; their copies cover every overlap once.
+    """
+    by_file: dict[int, list[_Need]] = {}
+    for overlap, place in zip(overlaps, places, strict=True):
+        by_file.setdefault(place.file, []).extend(_needs(overlap, place, max_bytes))
+    reads: list[Read] = []
+    for file in sorted(by_file):
+        needs = sorted(by_file[file], key=lambda need: (need.start, need.stop))
+        reads.extend(_merge(file, needs, bounds[file], max_gap=max_gap, max_bytes=max_bytes))
+    return reads
+
+
+def _merge(
+    file: int,
+    needs: Sequence[_Need],
+    bounds: npt.NDArray[np.int64],
+    *,
+    max_gap: int,
+    max_bytes: int,
+) -> list[Read]:
+    firsts = np.searchsorted(bounds, [need.start for need in needs], side="right") - 1
+    lasts = np.searchsorted(bounds, [need.stop for need in needs], side="left")
+    reads: list[Read] = []
+    copies: list[Copy] = []
+    first = last = -1
+    for need, low, high in zip(needs, firsts.tolist(), lasts.tolist(), strict=True):
+        start, stop = int(bounds[low]), int(bounds[high])
+        if copies:
+            is_near = start - int(bounds[last]) <= max_gap
+            fits = max(stop, int(bounds[last])) - int(bounds[first]) <= max_bytes
+            if is_near and fits:
+                last = max(last, high)
+                copies.append(need.copy)
+                continue
+            reads.append(Read(file, int(bounds[first]), int(bounds[last]), first, tuple(copies)))
+        first, last, copies = low, high, [need.copy]
+    if copies:
+        reads.append(Read(file, int(bounds[first]), int(bounds[last]), first, tuple(copies)))
+    return reads

@@ -1,0 +1,148 @@
+"""Lay the written chunks of all ranks into data files. Columns in, columns out.
+
+The n-th chunk of a tensor on a rank goes to the rank's n-th file of that part, because a stock
+safetensors reader finds a chunk by its tensor's name. A tensor with more than four chunks on any
+rank, or of a dtype that stock readers cannot represent, goes on every rank to a ``.part`` file
+under the names ``<fqn>#<n>``: a stock reader then says that it is missing, and never loads a part.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from dcp_resume.format.dtypes import DTYPES
+from dcp_resume.manifest.keys import data_file_name
+from dcp_resume.manifest.models import TensorEntry
+from dcp_resume.planning.plans import FilePlan
+from dcp_resume.planning.table import Table
+
+__all__ = ["FileLayout", "MAX_CHUNKS_A_NAME", "lay_out_files"]
+
+I64 = npt.NDArray[np.int64]
+
+MAX_CHUNKS_A_NAME = 4
+"""Chunks of one tensor that a rank may write under the tensor's own name, a file each."""
+
+
+@dataclass(frozen=True, slots=True)
+class FileLayout:
+    """Every chunk of the checkpoint in file order."""
+
+    chunks: Table
+    """Sorted by file, then by position in the file."""
+    file: I64
+    """``[n]`` file of each chunk; ascending."""
+    names: tuple[str, ...]
+    parts: tuple[str, ...]
+    ranks: I64
+    """``[files]`` writing rank."""
+    ordinal: I64
+    """``[n]`` number of the chunk among its rank's chunks of the tensor, from 0; -1 under the
+    tensor's own name."""
+    fqns: tuple[str, ...]
+    """Per tensor its FQN."""
+
+    @property
+    def file_chunk_count(self) -> npt.NDArray[np.uint32]:
+        """``[files]`` number of chunks."""
+        return np.bincount(self.file, minlength=len(self.names)).astype(np.uint32)
+
+    def of_rank(self, rank: int) -> tuple[tuple[FilePlan, ...], npt.NDArray[np.int32], I64]:
+        """The rank's files, the file of each of its chunks, and the rows of those chunks."""
+        mine = np.flatnonzero(self.ranks == rank)
+        if not len(mine):
+            return (), np.zeros(0, np.int32), np.zeros(0, np.int64)
+        first = int(np.searchsorted(self.file, mine[0], side="left"))
+        last = int(np.searchsorted(self.file, mine[-1], side="right"))
+        rows = np.arange(first, last, dtype=np.int64)
+        file = (self.file[rows] - mine[0]).astype(np.int32)
+        keys: list[list[str]] = [[] for _ in mine]
+        for row, position in zip(rows.tolist(), file.tolist(), strict=True):
+            keys[position].append(self._key(row))
+        files = tuple(
+            FilePlan(self.names[f], self.parts[f], tuple(names))
+            for f, names in zip(mine.tolist(), keys, strict=True)
+        )
+        return files, file, rows
+
+    def _key(self, row: int) -> str:
+        fqn = self.fqns[int(self.chunks.tensor[row])]
+        ordinal = int(self.ordinal[row])
+        return fqn if ordinal < 0 else f"{fqn}#{ordinal}"
+
+
+def _ordinals(table: Table) -> I64:
+    """Number of each row among the rows of the same rank and tensor, by offset."""
+    columns = [table.offsets[:, d] for d in reversed(range(table.offsets.shape[1]))]
+    order = np.lexsort((*columns, table.tensor, table.rank))
+    rank, tensor = table.rank[order], table.tensor[order]
+    is_new = np.r_[True, (rank[1:] != rank[:-1]) | (tensor[1:] != tensor[:-1])]
+    starts = np.maximum.accumulate(np.where(is_new, np.arange(len(order)), 0))
+    ordinal = np.empty(len(order), np.int64)
+    ordinal[order] = np.arange(len(order)) - starts
+    return ordinal
+
+
+def lay_out_files(table: Table, tensors: Sequence[TensorEntry]) -> FileLayout:
+    """Assign each written chunk to a file, and order the chunks of each file.
+
+    Within a file wide dtypes come first, so that every chunk begins at a multiple of its item
+    size; chunks of one dtype keep the order of the tensors.
+    """
+    fqns = tuple(entry.fqn for entry in tensors)
+    if not len(table.tensor):
+        empty = np.zeros(0, np.int64)
+        return FileLayout(table, empty, (), (), empty, empty, fqns)
+    part_names = sorted({entry.part for entry in tensors})
+    part_of_tensor = np.asarray([part_names.index(entry.part) for entry in tensors], np.int64)
+    itemsize = np.asarray([DTYPES[entry.dtype].itemsize for entry in tensors], np.int64)
+    readable = np.asarray([DTYPES[entry.dtype].stock_readable for entry in tensors], bool)
+    ordinal = _ordinals(table)
+    most = np.zeros(len(tensors), np.int64)
+    np.maximum.at(most, table.tensor, ordinal + 1)
+    is_hidden = ~readable | (most > MAX_CHUNKS_A_NAME)
+
+    hidden = is_hidden[table.tensor]
+    number = np.where(hidden, 0, ordinal)
+    part = part_of_tensor[table.tensor]
+    order = np.lexsort(
+        (ordinal, table.tensor, -itemsize[table.tensor], number, hidden, part, table.rank)
+    )
+    key = np.column_stack([table.rank, part, hidden, number])[order]
+    is_new = np.r_[True, (key[1:] != key[:-1]).any(axis=1)]
+    file = np.cumsum(is_new) - 1
+    heads = key[is_new]
+    names = _file_names(heads, part_names)
+    return FileLayout(
+        chunks=table.take(order),
+        file=file,
+        names=names,
+        parts=tuple(part_names[p] for p in heads[:, 1].tolist()),
+        ranks=heads[:, 0],
+        ordinal=np.where(hidden, ordinal, -1)[order],
+        fqns=fqns,
+    )
+
+
+def _file_names(heads: I64, part_names: Sequence[str]) -> tuple[str, ...]:
+    rows = [tuple(row) for row in heads.tolist()]
+    counts: dict[tuple[int, int, int], int] = {}
+    for rank, part, hidden, _ in rows:
+        counts[rank, part, hidden] = counts.get((rank, part, hidden), 0) + 1
+    names: list[str] = []
+    taken: set[str] = set()
+    for rank, part, hidden, number in rows:
+        count = counts[rank, part, hidden]
+        text = part_names[part]
+        name = data_file_name(rank, text, number + 1, count, is_complete=not hidden)
+        if name in taken:  # two part names that differ only in characters no key may have
+            name = data_file_name(
+                rank, f"{text[:30]}.{part}", number + 1, count, is_complete=not hidden
+            )
+        taken.add(name)
+        names.append(name)
+    return tuple(names)

@@ -1,0 +1,391 @@
+"""The rules of the run's log: who may append which record.
+
+``open``        one append chooses the resume source and takes the run over
+``commit``      refused to a fenced writer, for a step committed before, and for lost references
+``retire``      refused for what the run needs: newest commit, live resume source, pinned ones
+``pin`` …       for commits that exist
+
+Each rule is checked again at every number that is tried. A commit has three outcomes: ``Committed``
+is returned; ``CommitRefused``, ``Fenced`` or a ``StorageError`` is raised where it certainly did
+not happen; ``CommitUnknown`` where nobody can tell yet, and its files must be kept.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from dcp_resume.errors import (
+    CheckpointNotFound,
+    CommitRefused,
+    CommitUnknown,
+    ConfigurationError,
+    Fenced,
+    OutcomeUnknown,
+    ParentRetired,
+)
+from dcp_resume.manifest.history import RunHistory
+from dcp_resume.manifest.models import DocumentRef, TrainerFacts
+from dcp_resume.manifest.records import (
+    CommitRecord,
+    LogRecord,
+    OpenRecord,
+    PinRecord,
+    QuarantineRecord,
+    RetireRecord,
+    UnpinRecord,
+)
+from dcp_resume.session.run_log import Appended, RunLog
+
+__all__ = [
+    "Committed",
+    "Opened",
+    "choose_newest",
+    "commit",
+    "open_run",
+    "pin",
+    "quarantine",
+    "retire",
+    "unpin",
+]
+
+
+class Opened(NamedTuple):
+    """What an incarnation of the run owns after its ``open``."""
+
+    generation: int
+    resume_source: int | None
+    """Log number of the commit to resume from; None to begin anew."""
+
+
+@dataclass(frozen=True, slots=True)
+class Committed:
+    """The checkpoint counts, whatever happens to this process from now on."""
+
+    seq: int
+    record: CommitRecord
+
+
+def choose_newest(history: RunHistory) -> int | None:
+    """Resume from the newest usable commit; the usual choice of ``open_run``."""
+    newest = history.newest()
+    return newest.seq if newest else None
+
+
+def open_run(
+    log: RunLog,
+    *,
+    incarnation: str,
+    choose: Callable[[RunHistory], int | None] = choose_newest,
+) -> Opened:
+    """Take the run over: every older incarnation is fenced from this record on.
+
+    Args:
+        log: The run's log.
+        incarnation: Random id of this incarnation; a repeated call with the same id returns what
+            the first one opened.
+        choose: Returns the log number of the commit to resume from, or None to begin anew; called
+            again whenever a record slips in before ours.
+
+    Raises:
+        CheckpointNotFound: ``choose`` named something that is no usable commit.
+        OutcomeUnknown: The store gave no answer in time; call again with the same ``incarnation``.
+        StorageError: The store failed; the run was not taken over.
+    """
+
+    def build(history: RunHistory) -> LogRecord:
+        source = choose(history)
+        if source is not None and not history.is_usable(source):
+            raise _no_checkpoint(log, source, "it is no usable commit of this run")
+        return OpenRecord(
+            run=log.run,
+            created=log.timestamp(),
+            generation=history.generation + 1,
+            resume_source=source,
+            incarnation=incarnation,
+        )
+
+    log.settle()
+    for record in log.refresh().opens.values():
+        if record.incarnation == incarnation:
+            return Opened(record.generation, record.resume_source)
+    opened = log.append(build, lambda _: None).record
+    assert isinstance(opened, OpenRecord)
+    return Opened(opened.generation, opened.resume_source)
+
+
+def commit(
+    log: RunLog,
+    *,
+    generation: int,
+    step: int,
+    attempt: str,
+    manifest: DocumentRef,
+    parent: int | None,
+    references: Iterable[int],
+    planned_at: int,
+    num_bytes: int,
+    trainer: TrainerFacts,
+) -> Committed:
+    """Make an attempt, whose files are all written, a checkpoint.
+
+    Args:
+        log: The log through which this incarnation opened the run.
+        generation: Our generation.
+        step: Step of the attempt.
+        attempt: Its id; a repeated call with the same id returns the first one's commit.
+        manifest: Its manifest, relative to the run's root.
+        parent: Log number of the newest commit at planning.
+        references: Commits to whose files the attempt refers: the parent, and what it refers to.
+        planned_at: Last log number read when ``parent`` was chosen.
+        num_bytes: Bytes of its data files.
+        trainer: What ``ls`` shows.
+
+    Raises:
+        ParentRetired: A checkpoint that the attempt refers to was retired or quarantined since.
+        CommitRefused: The step is committed already, the references are not the parent's, or an
+            earlier record's outcome is still unknown.
+        CommitUnknown: The store gave no answer in time; call again with the same ``attempt``.
+        Fenced: A newer incarnation owns the run.
+        StorageError: The store failed; the attempt certainly did not commit.
+    """
+    wanted = tuple(sorted(set(references)))
+
+    def check(history: RunHistory) -> None:
+        _check_owner(history, generation)
+        _check_step_is_free(history, generation, step)
+        _check_references(history, step, parent, wanted, planned_at)
+
+    def build(_: RunHistory) -> LogRecord:
+        return CommitRecord(
+            run=log.run,
+            created=log.timestamp(),
+            generation=generation,
+            step=step,
+            attempt=attempt,
+            manifest=manifest,
+            parent=parent,
+            references=wanted,
+            num_bytes=num_bytes,
+            trainer=trainer,
+        )
+
+    try:
+        log.settle()
+        earlier = log.history.find_attempt(attempt)
+        if earlier is not None:
+            return Committed(*earlier)
+        appended = log.append(build, check)
+    except OutcomeUnknown as error:
+        raise _not_settled(log, step, attempt, error) from error
+    assert isinstance(appended.record, CommitRecord)
+    return Committed(appended.seq, appended.record)
+
+
+def retire(
+    log: RunLog, target: int, *, reason: str = "", generation: int | None = None
+) -> Appended:
+    """Take a checkpoint out of the run, so that its files may be swept.
+
+    Args:
+        log: The run's log.
+        target: Log number of the commit.
+        reason: For people.
+        generation: The caller's generation, if a trainer retires; operators have none.
+
+    Returns:
+        The record, and the history up to it: a sweep keeps what *that* history's live commits
+        refer to, and deletes the other keys of the retired catalog, never by prefix.
+
+    Raises:
+        CheckpointNotFound: No such commit, or it is retired already.
+        ConfigurationError: The newest commit, the live resume source or a pinned one.
+        Fenced: A newer incarnation owns the run.
+        OutcomeUnknown: The store gave no answer in time; delete nothing.
+        StorageError: The store failed; nothing was retired.
+    """
+
+    def check(history: RunHistory) -> None:
+        if target in history.protected():
+            raise ConfigurationError(
+                f"cannot retire checkpoint {target} of {log.url}: {_need(history, target)}. "
+                "Choose another one.",
+                option="target",
+            )
+
+    def build(_: RunHistory) -> LogRecord:
+        return RetireRecord(run=log.run, created=log.timestamp(), target=target, reason=reason)
+
+    return _mark(log, target, generation, build, check)
+
+
+def quarantine(
+    log: RunLog, target: int, *, reason: str = "", generation: int | None = None
+) -> Appended:
+    """Say that a checkpoint is damaged: nobody resumes from it, and its files are kept.
+
+    Raises:
+        CheckpointNotFound: No such commit, or it is retired already.
+        Fenced: ``generation`` is given, and a newer incarnation owns the run.
+        OutcomeUnknown: The store gave no answer in time.
+        StorageError: The store failed; nothing was quarantined.
+    """
+
+    def build(_: RunHistory) -> LogRecord:
+        return QuarantineRecord(run=log.run, created=log.timestamp(), target=target, reason=reason)
+
+    return _mark(log, target, generation, build)
+
+
+def pin(log: RunLog, target: int, *, label: str = "") -> Appended:
+    """Keep a checkpoint whatever the retention policy says.
+
+    Raises:
+        CheckpointNotFound: No such commit, or it is retired already.
+        OutcomeUnknown: The store gave no answer in time.
+        StorageError: The store failed; nothing was pinned.
+    """
+
+    def build(_: RunHistory) -> LogRecord:
+        return PinRecord(run=log.run, created=log.timestamp(), target=target, label=label)
+
+    return _mark(log, target, None, build)
+
+
+def unpin(log: RunLog, target: int) -> Appended:
+    """Lift a pin.
+
+    Raises:
+        CheckpointNotFound: No such commit, or it is retired already.
+        ConfigurationError: It is not pinned.
+        OutcomeUnknown: The store gave no answer in time.
+        StorageError: The store failed; the pin holds.
+    """
+
+    def check(history: RunHistory) -> None:
+        if target not in history.pinned:
+            raise ConfigurationError(
+                f"cannot unpin checkpoint {target} of {log.url}: it is not pinned; pinned are "
+                f"{sorted(history.pinned)}. Choose one of them.",
+                option="target",
+            )
+
+    def build(_: RunHistory) -> LogRecord:
+        return UnpinRecord(run=log.run, created=log.timestamp(), target=target)
+
+    return _mark(log, target, None, build, check)
+
+
+def _mark(
+    log: RunLog,
+    target: int,
+    generation: int | None,
+    build: Callable[[RunHistory], LogRecord],
+    check: Callable[[RunHistory], None] = lambda _: None,
+) -> Appended:
+    def check_all(history: RunHistory) -> None:
+        if generation is not None:
+            _check_owner(history, generation)
+        if target not in history.commits:
+            raise _no_checkpoint(log, target, "the log has no such commit")
+        if target in history.retired:
+            raise _no_checkpoint(log, target, f"record {history.retired[target]} retired it")
+        check(history)
+
+    log.refresh()
+    return log.append(build, check_all)
+
+
+def _check_owner(history: RunHistory, generation: int) -> None:
+    # Generations only grow, so whoever was fenced once is refused here for good.
+    if history.generation > generation:
+        raise Fenced(
+            f"generation {generation} may not append: generation {history.generation} has opened "
+            f"the run (log record {max(history.opens)}). End this process; the newer one goes on.",
+            generation=generation,
+            found_generation=history.generation,
+        )
+    if history.generation < generation:
+        raise ConfigurationError(
+            f"generation {generation} has not opened this run; the log read so far ends with "
+            f"generation {history.generation}. Use the RunLog of open_run, or refresh it.",
+            option="generation",
+        )
+
+
+def _check_step_is_free(history: RunHistory, generation: int, step: int) -> None:
+    for seq, record in history.commits.items():
+        if (record.generation, record.step) == (generation, step):
+            raise CommitRefused(
+                f"cannot commit step {step} again: attempt {record.attempt} of the same generation "
+                f"{generation} committed it as log record {seq}. Save a later step.",
+                step=step,
+            )
+
+
+def _check_references(
+    history: RunHistory,
+    step: int,
+    parent: int | None,
+    references: tuple[int, ...],
+    planned_at: int,
+) -> None:
+    if not references:
+        return
+    source = history.commits.get(parent or 0)
+    allowed = {parent, *source.references} if source else set()
+    if not allowed.issuperset(references):
+        # Nobody keeps another checkpoint's files for us: a sweep may have begun before planning.
+        raise CommitRefused(
+            f"cannot commit step {step}: it refers to files of commits {list(references)}, and "
+            f"only those of its parent {parent} ({sorted(map(str, allowed))}) are sure to be kept. "
+            "Save it in full.",
+            step=step,
+        )
+    for target in (parent or 0, *references):
+        lost_at = history.retired.get(target) or history.quarantined.get(target)
+        # An elder that was retired before planning keeps its files as long as the parent lives.
+        if lost_at is not None and (lost_at > planned_at or target == parent):
+            raise ParentRetired(
+                f"cannot commit step {step}: it refers to files of commit {target}, which log "
+                f"record {lost_at} retired or quarantined after planning (at record {planned_at}). "
+                "Save it in full.",
+                step=step,
+                parent=target,
+            )
+
+
+def _need(history: RunHistory, target: int) -> str:
+    if target in history.pinned:
+        return "it is pinned"
+    newest = history.newest()
+    if newest is not None and newest.seq == target:
+        return "it is the newest, from which the run would resume"
+    return f"the live generation {history.generation} resumed from it"
+
+
+def _no_checkpoint(log: RunLog, target: int, why: str) -> CheckpointNotFound:
+    return CheckpointNotFound(
+        f"no checkpoint {target} in {log.url}: {why}. `dcp-resume ls` shows which there are.",
+        url=log.url,
+        request=f"log record {target}",
+    )
+
+
+def _not_settled(
+    log: RunLog, step: int, attempt: str, error: OutcomeUnknown
+) -> CommitUnknown | CommitRefused:
+    pending = log.pending
+    if isinstance(pending, CommitRecord) and pending.attempt == attempt:
+        return CommitUnknown(
+            f"cannot tell whether attempt {attempt} of step {step} committed to {log.url}: {error}",
+            step=step,
+            attempt=attempt,
+        )
+    earlier = pending.kind if pending is not None else "earlier"
+    return CommitRefused(
+        f"cannot commit step {step} to {log.url}: the outcome of this process's {earlier} record "
+        f"is still unknown, and nothing may follow it: {error}",
+        step=step,
+    )

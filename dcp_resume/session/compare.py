@@ -1,0 +1,199 @@
+"""Compare a checkpoint with the state that wants to load it, before anything changes.
+
+Everything is reported at once: what is missing, what is unexpected, shapes, dtypes, ties and
+topology, each with a severity and a reason.
+"""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from enum import Enum, IntEnum
+
+from dcp_resume.manifest.models import TensorEntry
+from dcp_resume.planning.plans import PER_RANK_LEAVES, SHARED_LEAVES
+from dcp_resume.planning.state import LocalState
+from dcp_resume.session.opening import OpenedCheckpoint
+
+__all__ = ["LoadReport", "ReportItem", "Severity", "Strictness", "compare_state"]
+
+
+class Severity(IntEnum):
+    """How much a difference matters."""
+
+    OK = 0
+    """Handled: for example another topology, onto which the state is resharded."""
+    WARN = 1
+    """Loaded, but something is not as it was saved."""
+    REFUSE = 2
+    """Not loaded; nothing changes."""
+
+
+class Strictness(Enum):
+    """What a missing or unexpected name means."""
+
+    RAISE = "raise"
+    WARN = "warn"
+    IGNORE = "ignore"
+
+    @property
+    def severity(self) -> Severity:
+        """The severity of a missing or unexpected name."""
+        return {"raise": Severity.REFUSE, "warn": Severity.WARN, "ignore": Severity.OK}[self.value]
+
+
+@dataclass(frozen=True, slots=True, order=True)
+class ReportItem:
+    """One difference."""
+
+    severity: Severity
+    kind: str
+    """``missing``, ``unexpected``, ``shape``, ``dtype``, ``kind``, ``tied``, ``per_rank`` or
+    ``topology``."""
+    where: str
+    """FQN, or the field of the manifest."""
+    message: str
+
+    def __str__(self) -> str:
+        return f"{self.severity.name.lower()}: {self.where}: {self.message} [{self.kind}]"
+
+
+@dataclass(frozen=True, slots=True)
+class LoadReport:
+    """Every difference between a checkpoint and the states of all ranks; equal on all ranks."""
+
+    step: int
+    items: tuple[ReportItem, ...]
+
+    @property
+    def severity(self) -> Severity:
+        """The worst severity of any item."""
+        return max((item.severity for item in self.items), default=Severity.OK)
+
+    def of(self, severity: Severity) -> tuple[ReportItem, ...]:
+        """The items of one severity."""
+        return tuple(item for item in self.items if item.severity is severity)
+
+    def __str__(self) -> str:
+        if not self.items:
+            return f"step {self.step}: the checkpoint fits the state"
+        return "\n".join(map(str, self.items))
+
+    def to_bytes(self) -> bytes:
+        """Serialise for another rank."""
+        rows = [[int(i.severity), i.kind, i.where, i.message] for i in self.items]
+        return json.dumps([self.step, rows]).encode()
+
+    @classmethod
+    def from_bytes(cls, data: bytes) -> LoadReport:
+        """Read what ``to_bytes`` wrote."""
+        step, rows = json.loads(data)
+        items = (ReportItem(Severity(s), kind, where, text) for s, kind, where, text in rows)
+        return cls(step, tuple(items))
+
+    @classmethod
+    def united(cls, reports: Sequence[LoadReport]) -> LoadReport:
+        """One report over all ranks: equal items once, the worst first.
+
+        A name is unexpected only if no rank has it, because pipeline stages hold parts.
+        """
+        seen = Counter(item for report in reports for item in set(report.items))
+        items = (
+            item
+            for item, count in seen.items()
+            if item.kind != "unexpected" or count == len(reports)
+        )
+        return cls(reports[0].step, tuple(sorted(items, key=lambda i: (-i.severity, i))))
+
+
+def _is_hidden(entry: TensorEntry) -> bool:
+    return entry.codec == "leaves" and entry.fqn.startswith((PER_RANK_LEAVES, SHARED_LEAVES))
+
+
+def compare_state(
+    opened: OpenedCheckpoint,
+    state: LocalState,
+    stored_values: Iterable[str],
+    *,
+    world_size: int,
+    strictness: Strictness,
+    is_wanted: Callable[[str], bool],
+) -> LoadReport:
+    """Compare one rank's state with the checkpoint.
+
+    Args:
+        opened: The checkpoint.
+        state: The rank's state.
+        stored_values: FQNs of the non-tensor leaves that the checkpoint holds for this rank.
+        world_size: Ranks that load.
+        strictness: Of missing and unexpected names.
+        is_wanted: Whether the caller asked for an FQN of the checkpoint (its part is selected).
+    """
+    stored = {e.fqn: e for e in opened.catalog.tensors if not _is_hidden(e)}
+    values = set(stored_values)
+    items: list[ReportItem] = []
+    for held in state.tensors:
+        entry = stored.get(held.entry.fqn)
+        if entry is None:
+            items.append(_missing(held.entry.fqn, held.entry.fqn in values, strictness))
+        else:
+            items.extend(_compare_entry(entry, held.entry))
+    for fqn in (*state.values, *state.per_rank_values):
+        if fqn not in values:
+            items.append(_missing(fqn, fqn in stored, strictness))
+    wanted = {held.entry.fqn for held in state.tensors} | set(state.values)
+    wanted |= set(state.per_rank_values)
+    present = {fqn for fqn in (*stored, *values) if is_wanted(fqn)}
+    items.extend(_unexpected(sorted(present - wanted), strictness))
+    items.extend(_compare_topology(opened, world_size))
+    return LoadReport(opened.manifest.step, tuple(items))
+
+
+def _missing(fqn: str, is_other_kind: bool, strictness: Strictness) -> ReportItem:
+    if is_other_kind:
+        message = "the checkpoint holds a value where the state has a tensor, or the reverse"
+        return ReportItem(Severity.REFUSE, "kind", fqn, message)
+    message = "the state has it, the checkpoint does not"
+    return ReportItem(strictness.severity, "missing", fqn, message)
+
+
+def _unexpected(fqns: Sequence[str], strictness: Strictness) -> list[ReportItem]:
+    message = "the checkpoint has it, the state does not"
+    return [ReportItem(strictness.severity, "unexpected", fqn, message) for fqn in fqns]
+
+
+def _compare_entry(stored: TensorEntry, wanted: TensorEntry) -> list[ReportItem]:
+    items: list[ReportItem] = []
+    is_per_rank = stored.kind == "per_rank"
+    if is_per_rank != (wanted.kind == "per_rank"):
+        message = "it is per-rank on one side only; declare it alike"
+        items.append(ReportItem(Severity.REFUSE, "kind", stored.fqn, message))
+    shape = stored.global_shape[1:] if is_per_rank else stored.global_shape
+    if shape != wanted.global_shape:
+        message = f"saved with shape {shape}, the state has {wanted.global_shape}"
+        items.append(ReportItem(Severity.REFUSE, "shape", stored.fqn, message))
+    if stored.dtype != wanted.dtype:
+        message = f"saved as {stored.dtype}, the state has {wanted.dtype}"
+        items.append(ReportItem(Severity.REFUSE, "dtype", stored.fqn, message))
+    if wanted.alias_of and not stored.alias_of:
+        message = f"the state ties it to {wanted.alias_of}, the checkpoint stored both"
+        items.append(ReportItem(Severity.WARN, "tied", stored.fqn, message))
+    return items
+
+
+def _compare_topology(opened: OpenedCheckpoint, world_size: int) -> list[ReportItem]:
+    saved = opened.manifest.topology.world_size
+    items: list[ReportItem] = []
+    if saved != world_size:
+        message = f"saved on {saved} rank(s), loaded on {world_size}: resharded"
+        items.append(ReportItem(Severity.OK, "topology", "topology.world_size", message))
+    per_rank = [e.part for e in opened.catalog.tensors if e.kind == "per_rank"]
+    if per_rank and saved != world_size:
+        message = (
+            f"per-rank leaves of {', '.join(sorted(set(per_rank)))} were saved on {saved} rank(s); "
+            f"on {world_size} every rank keeps its own"
+        )
+        items.append(ReportItem(Severity.WARN, "per_rank", "topology.world_size", message))
+    return items

@@ -1,0 +1,203 @@
+"""The documents of one attempt: index, catalog and manifest, from the plan and the reports."""
+
+from __future__ import annotations
+
+import platform
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from importlib.metadata import version
+from typing import Any
+
+import numpy as np
+import torch
+
+from dcp_resume.format.chunk_index import ChunkIndex
+from dcp_resume.format.digests import choose_block_size, digest_bytes, digest_hex, fold
+from dcp_resume.manifest.keys import CATALOG_NAME, INDEX_NAME
+from dcp_resume.manifest.models import (
+    Catalog,
+    Counts,
+    DigestRule,
+    DocumentRef,
+    FileEntry,
+    FormatMark,
+    IndexRef,
+    LeafEntry,
+    Manifest,
+    PartSummary,
+    Software,
+    Topology,
+    TrainerFacts,
+)
+from dcp_resume.manifest.wire import encode
+from dcp_resume.planning.merge import GlobalPlan
+from dcp_resume.session.writing import RankReport
+
+__all__ = ["AttemptIdentity", "Documents", "Facts", "build_documents"]
+
+
+@dataclass(frozen=True, slots=True)
+class Facts:
+    """What the caller says of its training, for people and for the drift report."""
+
+    trainer: TrainerFacts
+    model: Mapping[str, Any] = field(default_factory=dict)
+    optimizer: Mapping[str, Any] = field(default_factory=dict)
+    stages: tuple[tuple[int, ...], ...] | None = None
+    """Per pipeline stage the global layers it holds."""
+    virtual_stages: int = 1
+
+
+@dataclass(frozen=True, slots=True)
+class AttemptIdentity:
+    """Which attempt of which run."""
+
+    run: str
+    step: int
+    attempt: str
+    generation: int
+    parent: int | None
+    resume_source: int | None
+
+
+@dataclass(frozen=True, slots=True)
+class Documents:
+    """The three documents as bytes, and what the commit record repeats."""
+
+    manifest: Manifest
+    manifest_bytes: bytes
+    catalog_bytes: bytes
+    index_bytes: bytes
+    files: tuple[FileEntry, ...]
+
+
+def build_documents(
+    plan: GlobalPlan,
+    reports: Sequence[RankReport],
+    identity: AttemptIdentity,
+    facts: Facts,
+    block_size: int,
+) -> Documents:
+    """Describe what the ranks wrote.
+
+    Args:
+        plan: The merged plan.
+        reports: One report a rank.
+        identity: Which attempt.
+        facts: What the caller says.
+        block_size: Bytes of a digest block.
+    """
+    digests = np.concatenate([report.digests for report in reports])
+    files = _file_entries(plan, reports, digests)
+    index = ChunkIndex.build(
+        file_chunk_count=plan.layout.file_chunk_count,
+        chunk_tensor=plan.layout.chunks.tensor,
+        offsets=plan.layout.chunks.offsets,
+        sizes=plan.layout.chunks.sizes,
+        ndims=np.asarray([len(entry.global_shape) for entry in plan.tensors], np.int64),
+        block_digest=digests,
+    )
+    index_bytes = index.to_bytes()
+    catalog_bytes = encode(Catalog(format=FormatMark(), tensors=plan.tensors, files=files))
+    manifest = Manifest(
+        format=FormatMark(),
+        run=identity.run,
+        attempt=identity.attempt,
+        step=identity.step,
+        generation=identity.generation,
+        parent=identity.parent,
+        resume_source=identity.resume_source,
+        created=datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ"),
+        topology=Topology(
+            world_size=plan.world_size,
+            meshes=plan.meshes,
+            stages=facts.stages,
+            virtual_stages=facts.virtual_stages,
+        ),
+        trainer=facts.trainer,
+        model=dict(facts.model),
+        optimizer=dict(facts.optimizer),
+        software=Software(
+            dcp_resume=version("dcp-resume"),
+            torch=str(torch.__version__),
+            python=platform.python_version(),
+        ),
+        leaves=tuple(
+            LeafEntry(fqn=fqn, path=path, value=value)
+            for fqn, (path, value) in plan.manifest_values.items()
+        ),
+        parts=_part_summaries(plan, files),
+        digest=DigestRule(block_size=block_size),
+        counts=Counts(
+            tensors=len(plan.tensors),
+            chunks=len(index.chunk_tensor),
+            boxes=len(index.box_ndim),
+            blocks=len(digests),
+            files=len(files),
+            num_bytes=sum(file.size for file in files),
+        ),
+        catalog=_reference(CATALOG_NAME, catalog_bytes),
+        chunk_index=_index_reference(index_bytes),
+    )
+    return Documents(manifest, encode(manifest), catalog_bytes, index_bytes, files)
+
+
+def _file_entries(
+    plan: GlobalPlan, reports: Sequence[RankReport], digests: np.ndarray[Any, Any]
+) -> tuple[FileEntry, ...]:
+    sizes = np.concatenate([report.sizes for report in reports]).tolist()
+    headers = np.concatenate([report.header_sizes for report in reports]).tolist()
+    ends = np.cumsum(np.concatenate([report.num_blocks for report in reports])).tolist()
+    starts = [0, *ends[:-1]]
+    return tuple(
+        FileEntry(
+            key=name,
+            part=part,
+            rank=rank,
+            size=size,
+            header_bytes=header,
+            digest=fold(digests[start:end].tobytes()),
+        )
+        for name, part, rank, size, header, start, end in zip(
+            plan.layout.names,
+            plan.layout.parts,
+            plan.layout.ranks.tolist(),
+            sizes,
+            headers,
+            starts,
+            ends,
+            strict=True,
+        )
+    )
+
+
+def _part_summaries(plan: GlobalPlan, files: Sequence[FileEntry]) -> dict[str, PartSummary]:
+    names = {entry.part for entry in plan.tensors} | set(plan.num_values)
+    summaries: dict[str, PartSummary] = {}
+    for part in sorted(names):
+        own = [file for file in files if file.part == part]
+        summaries[part] = PartSummary(
+            num_tensors=sum(t.part == part and t.codec == "raw" for t in plan.tensors),
+            num_leaves=plan.num_values.get(part, 0),
+            num_bytes=sum(file.size for file in own),
+            digest=digest_hex("".join(file.digest for file in own).encode()),
+        )
+    return summaries
+
+
+def _reference(key: str, data: bytes) -> DocumentRef:
+    return DocumentRef(key=key, size=len(data), digest=digest_hex(data))
+
+
+def _index_reference(data: bytes) -> IndexRef:
+    block_size = max(choose_block_size(len(data)), 1 << 20)
+    view = memoryview(data)
+    blocks = [view[start : start + block_size] for start in range(0, len(data), block_size)]
+    return IndexRef(
+        key=INDEX_NAME,
+        size=len(data),
+        digest=digest_hex(data),
+        block_size=block_size,
+        block_digests=tuple(digest_bytes([block]).hex() for block in blocks),
+    )

@@ -1,0 +1,345 @@
+"""One load, from start to outcome.
+
+1. Find (coordinator). The asked commit is looked up in the log; all ranks take the same one.
+2. Open (every rank). Manifest, catalog and index are read and proved; the coordinator proves by one
+   listing that every data file is there at its size.
+3. Compare (every rank). The state handed in is compared with the catalog; all ranks get the same
+   report, and either all go on or none does. Until here nothing has changed.
+4. Read (every rank). Exact byte ranges, widened to digest blocks, are fetched in parallel.
+5. Prove and place (every rank). Each block is verified before it enters the trainer's memory, or,
+   with ``Apply.ATOMIC``, before any does. All ranks agree on the outcome.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from dcp_resume import errors
+from dcp_resume.errors import (
+    CorruptData,
+    DcpResumeError,
+    InvalidCheckpoint,
+    LoadRefused,
+    PartialLoad,
+    Problem,
+    summarise,
+)
+from dcp_resume.events import LoadFinished, emit
+from dcp_resume.format.leaves import decode_leaf, unpack_leaves
+from dcp_resume.manifest.boxes import Box
+from dcp_resume.manifest.history import CommitEntry
+from dcp_resume.manifest.models import DocumentRef
+from dcp_resume.planning.plans import PER_RANK_LEAVES, SHARED_LEAVES
+from dcp_resume.planning.state import HeldTensor, LocalState
+from dcp_resume.session.compare import LoadReport, Severity, Strictness, compare_state
+from dcp_resume.session.opening import OpenedCheckpoint, check_files, open_checkpoint
+from dcp_resume.session.reading import ReadOutcome, read_targets
+from dcp_resume.session.targets import Apply, Target, make_targets, settle
+from dcp_resume.session.votes import Votes
+from dcp_resume.storage import ObjectStore
+
+__all__ = ["LoadOptions", "LoadResult", "Located", "LoadSession", "locate"]
+
+
+@dataclass(frozen=True, slots=True)
+class LoadOptions:
+    """How strictly to load."""
+
+    strictness: Strictness = Strictness.RAISE
+    """Of missing and unexpected names."""
+    apply: Apply = Apply.IN_PLACE
+    parts: tuple[str, ...] | None = None
+    """Parts to load; None for all that the state has."""
+
+
+@dataclass(frozen=True, slots=True)
+class Located:
+    """Where a checkpoint lies; what step 1 tells every rank."""
+
+    seq: int
+    """Log number of its commit; 0 for a directory without a log."""
+    prefix: str
+    manifest: DocumentRef | None
+
+    @classmethod
+    def of(cls, entry: CommitEntry) -> Located:
+        """The place that a commit record names."""
+        key = entry.record.manifest.key
+        return cls(entry.seq, key[: key.rindex("/") + 1], entry.record.manifest)
+
+    def to_bytes(self) -> bytes:
+        """Serialise for another rank."""
+        reference = self.manifest.model_dump(mode="json") if self.manifest else None
+        return json.dumps([self.seq, self.prefix, reference]).encode()
+
+    @classmethod
+    def from_bytes(cls, data: bytes) -> Located:
+        """Read what ``to_bytes`` wrote."""
+        seq, prefix, reference = json.loads(data)
+        return cls(seq, prefix, DocumentRef.model_validate(reference) if reference else None)
+
+
+@dataclass(frozen=True, slots=True)
+class LoadResult:
+    """A checkpoint that is now in the trainer's memory."""
+
+    step: int
+    seq: int
+    report: LoadReport
+    values: Mapping[str, object]
+    """FQN → decoded non-tensor leaf, of the leaves that the state has."""
+    read_bytes: int
+    """Bytes this rank fetched."""
+    needed_bytes: int
+    """Bytes this rank wanted."""
+    duration_s: float
+
+
+def locate(votes: Votes, find: Callable[[], Located]) -> Located:
+    """Step 1: the coordinator finds the checkpoint, and tells every rank.
+
+    Raises:
+        CheckpointNotFound: On every rank alike.
+        RankSilent: A rank did not answer by the deadline.
+    """
+
+    def decide(ballots: Sequence[bytes]) -> list[bytes]:
+        return [find().to_bytes()] * len(ballots)
+
+    return Located.from_bytes(votes.round("find", lambda: b"", decide))
+
+
+class LoadSession:
+    """One load of one located checkpoint on one rank."""
+
+    def __init__(
+        self, store: ObjectStore, votes: Votes, located: Located, options: LoadOptions
+    ) -> None:
+        self._store = store
+        self._votes = votes
+        self._located = located
+        self._options = options
+        self._started = time.monotonic()
+        self._opened: OpenedCheckpoint | None = None
+        self._values: dict[str, Any] = {}
+        """FQN → encoded value, of every non-tensor leaf this rank may want."""
+
+    @property
+    def opened(self) -> OpenedCheckpoint:
+        """The documents; known after ``open``."""
+        assert self._opened is not None
+        return self._opened
+
+    def open(self) -> None:
+        """Step 2.
+
+        Raises:
+            InvalidCheckpoint: On every rank alike; ``problems`` lists what any rank found.
+            RankErrors: A rank could not read the documents.
+            RankSilent: A rank did not answer by the deadline.
+        """
+        located = self._located
+
+        def work() -> bytes:
+            try:
+                opened = open_checkpoint(
+                    self._store, located.prefix, located.manifest, is_listed=False
+                )
+                if self._votes.rank == 0:
+                    check_files(self._store, opened)
+                self._opened = opened
+                self._values = self._read_values(opened)
+            except InvalidCheckpoint as error:
+                return _encode_problems(type(error).__name__, error.problems)
+            return b""
+
+        self._votes.round("open", work, _refuse_invalid)
+
+    def compare(self, state: LocalState) -> LoadReport:
+        """Step 3.
+
+        Raises:
+            LoadRefused: The checkpoint does not fit some rank's state; nothing has changed.
+            RankSilent: A rank did not answer by the deadline.
+        """
+        parts = self._options.parts
+
+        def work() -> bytes:
+            part_of = {entry.fqn: entry.part for entry in self.opened.catalog.tensors}
+            report = compare_state(
+                self.opened,
+                state,
+                self._values,
+                world_size=self._votes.world_size,
+                strictness=self._options.strictness,
+                is_wanted=lambda fqn: (
+                    parts is None or part_of.get(fqn, fqn.split(".", 1)[0]) in parts
+                ),
+            )
+            return report.to_bytes()
+
+        def decide(ballots: Sequence[bytes]) -> list[bytes]:
+            report = LoadReport.united([LoadReport.from_bytes(ballot) for ballot in ballots])
+            refused = report.of(Severity.REFUSE)
+            if refused:
+                problems = tuple(Problem(i.where, i.kind, i.message) for i in refused)
+                raise LoadRefused(
+                    f"checkpoint of step {report.step} does not fit the state; nothing was "
+                    f"changed:\n{summarise(problems)}\nadapt the state, or load with another "
+                    f"strictness or with selected parts",
+                    problems=problems,
+                )
+            return [report.to_bytes()] * len(ballots)
+
+        return LoadReport.from_bytes(self._votes.round("compare", work, decide))
+
+    def read(self, state: LocalState, report: LoadReport) -> LoadResult:
+        """Steps 4 and 5.
+
+        Raises:
+            CorruptData: Blocks failed, and no tensor of any rank was changed.
+            PartialLoad: Blocks failed after some tensors were written; they are listed.
+            RankErrors: A rank failed otherwise.
+            RankSilent: A rank did not answer by the deadline.
+        """
+        targets = self._targets(state)
+        outcomes: list[ReadOutcome] = []
+
+        def work() -> bytes:
+            outcomes.append(read_targets(self._store, self.opened, targets))
+            return _encode_outcome(outcomes[0], self._options.apply)
+
+        self._votes.round("read", work, self._judge)
+        settle(targets)
+        values = {
+            fqn: decode_leaf(self._values[fqn], fqn)
+            for fqn in (*state.values, *state.per_rank_values)
+            if fqn in self._values
+        }
+        duration = time.monotonic() - self._started
+        emit(
+            LoadFinished(
+                url=self._store.url,
+                step=report.step,
+                rank=self._votes.rank,
+                num_bytes=outcomes[0].num_bytes,
+                duration_s=duration,
+            )
+        )
+        return LoadResult(
+            step=report.step,
+            seq=self._located.seq,
+            report=report,
+            values=values,
+            read_bytes=outcomes[0].num_bytes,
+            needed_bytes=outcomes[0].needed_bytes,
+            duration_s=duration,
+        )
+
+    def _targets(self, state: LocalState) -> list[Target]:
+        pairs: list[tuple[HeldTensor, list[tuple[Box, torch.Tensor]]]] = []
+        for held in state.tensors:
+            if held.entry.fqn not in self.opened.tensor_ids:
+                continue  # missing, and the strictness allows it
+            if held.entry.kind == "per_rank":
+                box = self._own_box(held.entry.fqn)
+                if box is not None:
+                    pairs.append((held, [(box, held.local.unsqueeze(0))]))
+                continue
+            pairs.append((held, [(box.box, held.view(box.box)) for box in held.boxes]))
+        return make_targets(pairs, self._options.apply)
+
+    def _own_box(self, fqn: str) -> Box | None:
+        """Where this rank's value of a per-rank tensor lies; None on another topology."""
+        opened = self.opened
+        if opened.manifest.topology.world_size != self._votes.world_size:
+            return None
+        tensor = opened.tensor_ids[fqn]
+        ndim = len(opened.catalog.tensors[tensor].global_shape)
+        for chunk in opened.index.chunks_of(tensor).tolist():
+            if opened.catalog.files[int(opened.index.chunk_file[chunk])].rank == self._votes.rank:
+                code = opened.index.chunk_box[chunk]
+                offsets = opened.index.box_offsets[code][:ndim].tolist()
+                sizes = opened.index.box_sizes[code][:ndim].tolist()
+                return Box(tuple(offsets), tuple(sizes))
+        return None
+
+    def _read_values(self, opened: OpenedCheckpoint) -> dict[str, Any]:
+        """Every encoded non-tensor leaf: from the manifest, and from verified data files."""
+        self._opened = opened
+        values = {leaf.fqn: leaf.value for leaf in opened.manifest.leaves}
+        targets: list[Target] = []
+        for entry in opened.catalog.tensors:
+            if entry.codec != "leaves":
+                continue
+            is_own = entry.fqn.startswith(PER_RANK_LEAVES)
+            box = self._own_box(entry.fqn) if is_own else Box.whole(entry.global_shape)
+            if box is not None and entry.fqn.startswith((PER_RANK_LEAVES, SHARED_LEAVES)):
+                memory = memoryview(bytearray(box.volume))
+                targets.append(Target(entry.fqn, box, memory, None, None))
+        outcome = read_targets(self._store, opened, targets)
+        if outcome.problems:
+            raise CorruptData(
+                f"values of {opened.prefix} are damaged:\n{summarise(outcome.problems)}",
+                problems=tuple(outcome.problems),
+            )
+        for target in targets:
+            leaves = unpack_leaves(bytes(target.memory), target.fqn)
+            values.update((fqn, value) for fqn, (_, value) in leaves.items())
+        return values
+
+    def _judge(self, ballots: Sequence[bytes]) -> list[bytes]:
+        written: set[str] = set()
+        problems: list[Problem] = []
+        for rank, ballot in enumerate(ballots):
+            document = json.loads(ballot)
+            written.update(document["written"])
+            problems.extend(
+                Problem(where, kind, f"rank {rank}: {message}")
+                for where, kind, message in document["problems"]
+            )
+        if not problems:
+            return [b""] * len(ballots)
+        step = self.opened.manifest.step
+        if written:
+            raise PartialLoad(
+                f"checkpoint of step {step} is damaged; {len(written)} tensor(s) were already "
+                f"written:\n{summarise(problems)}\nload an older checkpoint before going on",
+                written_fqns=tuple(sorted(written)),
+                problems=tuple(problems),
+            )
+        raise CorruptData(
+            f"checkpoint of step {step} is damaged; no tensor was changed:\n{summarise(problems)}",
+            problems=tuple(problems),
+        )
+
+
+def _encode_problems(name: str, problems: Sequence[Problem]) -> bytes:
+    return json.dumps([name, [[p.where, p.kind, p.message] for p in problems]]).encode()
+
+
+def _encode_outcome(outcome: ReadOutcome, apply: Apply) -> bytes:
+    written = sorted(outcome.written_fqns) if apply is Apply.IN_PLACE else []
+    problems = [[p.where, p.kind, p.message] for p in outcome.problems]
+    return json.dumps({"written": written, "problems": problems}).encode()
+
+
+def _refuse_invalid(ballots: Sequence[bytes]) -> list[bytes]:
+    """Raise what any rank found wrong with the documents, each fault once."""
+    problems: dict[Problem, None] = {}
+    name = "InvalidCheckpoint"
+    for ballot in ballots:
+        if ballot:
+            name, rows = json.loads(ballot)
+            problems.update(dict.fromkeys(Problem(*row) for row in rows))
+    if problems:
+        found = tuple(problems)
+        kind: type[DcpResumeError] = getattr(errors, name)
+        raise kind(f"the checkpoint cannot be used:\n{summarise(found)}", problems=found)
+    return [b""] * len(ballots)

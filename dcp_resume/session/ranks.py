@@ -1,0 +1,61 @@
+"""The ranks of one process group, as far as checkpoints need them."""
+
+from __future__ import annotations
+
+import secrets
+from datetime import timedelta
+from typing import Any, cast
+
+import torch
+import torch.distributed as dist
+
+from dcp_resume.session.votes import Deadline, LonelyVotes, StoreVotes, Votes, VoteStore
+
+__all__ = ["Ranks"]
+
+_POLL_TIMEOUT_S = 30
+"""Every wait on the store is a short poll; this bounds a single request."""
+
+
+class Ranks:
+    """This rank among the others, and the rounds they hold.
+
+    Uses one collective of the default group at construction, in the caller's thread: a random
+    prefix is broadcast, so that a store that outlived an earlier incarnation (torchrun's agents
+    keep theirs) cannot answer with its ballots. After that everything goes over own clones of the
+    group's store.
+    """
+
+    def __init__(self) -> None:
+        self._counter = 0
+        is_alone = not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1
+        self._store: VoteStore | None = None
+        self.rank = 0 if is_alone else dist.get_rank()
+        self.world_size = 1 if is_alone else dist.get_world_size()
+        if not is_alone:
+            store = cast("Any", dist.distributed_c10d._get_default_store()).clone()
+            store.set_timeout(timedelta(seconds=_POLL_TIMEOUT_S))
+            self._store = store
+            self._prefix = f"dcp_resume/{_shared_token()}"
+
+    def votes(self, *, step: int, deadline_s: float) -> Votes:
+        """Rounds for one session. Call it equally often on every rank."""
+        if self._store is None:
+            return LonelyVotes()
+        self._counter += 1
+        return StoreVotes(
+            self._store,
+            f"{self._prefix}/{self._counter}",
+            rank=self.rank,
+            world_size=self.world_size,
+            step=step,
+            deadline=Deadline(deadline_s),
+        )
+
+
+def _shared_token() -> str:
+    is_cuda = dist.get_backend() == "nccl"
+    device = torch.device("cuda", torch.cuda.current_device()) if is_cuda else torch.device("cpu")
+    token = torch.tensor(list(secrets.token_bytes(16)), dtype=torch.uint8, device=device)
+    dist.broadcast(token, src=0)
+    return bytes(token.tolist()).hex()

@@ -1,0 +1,189 @@
+"""Writing one object: a single PUT, or parts in a bounded window."""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import logging
+import secrets
+import zlib
+from bisect import bisect_right
+from collections.abc import Sequence
+from itertools import accumulate
+from typing import Any
+
+from dcp_resume.errors import KeyNotFound, StorageError
+from dcp_resume.storage.concurrency import for_each
+from dcp_resume.storage.retry import Operation
+from dcp_resume.storage.s3_client import S3Client
+from dcp_resume.storage.s3_errors import refusal_in
+
+__all__ = ["crc32_header", "part_size_for", "upload"]
+
+_log = logging.getLogger("dcp_resume")
+
+_MIB = 1 << 20
+_PART_BYTES = 16 * _MIB
+"""Parts above 32 MiB are allocated afresh by glibc each time, which doubles the CPU cost."""
+_MAX_PARTS = 10_000
+_WINDOW = 8
+_MARK = "dcp-resume-upload"
+"""Metadata name under which an upload leaves a token, to recognise its own object by."""
+
+
+def crc32_header(data: bytes) -> str:
+    """Checksum that the server verifies on receipt, as ``x-amz-checksum-crc32`` wants it."""
+    return base64.b64encode(zlib.crc32(data).to_bytes(4, "big")).decode()
+
+
+def part_size_for(total: int) -> int:
+    """Size of the parts of an object: 16 MiB, more only where there would be too many parts."""
+    needed = -(-total // _MAX_PARTS)
+    return max(_PART_BYTES, -(-needed // _MIB) * _MIB)
+
+
+async def upload(
+    client: S3Client, operation: Operation, key: str, buffers: Sequence[memoryview]
+) -> int:
+    """Write one object, whole or not at all.
+
+    Args:
+        client: Where to send it.
+        operation: For messages.
+        key: Full key in the bucket.
+        buffers: Contents; read until the call ends.
+
+    Returns:
+        Bytes written.
+
+    Raises:
+        StorageError: In whichever subclass fits; no upload of ours is left open unless the store
+            did not answer the abort either.
+    """
+    content = _Joined(buffers)
+    if len(content) <= _PART_BYTES:
+        body = content.cut(0, len(content))
+        await client.request(
+            operation, "put_object", Key=key, Body=body, ChecksumCRC32=crc32_header(body)
+        )
+    else:
+        await _Multipart(client, operation, key, content).run()
+    return len(content)
+
+
+class _Multipart:
+    """One multipart upload, from its creation to its completion or abort."""
+
+    def __init__(self, client: S3Client, operation: Operation, key: str, content: _Joined) -> None:
+        self._client = client
+        self._operation = operation
+        self._key = key
+        self._content = content
+        self._part_bytes = part_size_for(len(content))
+        self._token = secrets.token_hex(16)
+        self._parts: dict[int, dict[str, Any]] = {}
+
+    async def run(self) -> None:
+        created = await self._client.request(
+            self._operation,
+            "create_multipart_upload",
+            Key=self._key,
+            ChecksumAlgorithm="CRC32",
+            Metadata={_MARK: self._token},
+        )
+        upload_id: str = created["UploadId"]
+        count = -(-len(self._content) // self._part_bytes)
+        try:
+            await for_each(
+                range(1, count + 1),
+                lambda number: self._send_part(upload_id, number),
+                width=_WINDOW,
+            )
+            await self._complete(upload_id)
+        except BaseException:  # cancellation too: an open upload costs money until someone looks
+            await self._abort(upload_id)
+            raise
+
+    async def _send_part(self, upload_id: str, number: int) -> None:
+        start = (number - 1) * self._part_bytes
+        stop = min(start + self._part_bytes, len(self._content))
+        body, checksum = await asyncio.to_thread(self._cut, start, stop)
+        answer = await self._client.request(
+            self._operation,
+            "upload_part",
+            Key=self._key,
+            UploadId=upload_id,
+            PartNumber=number,
+            Body=body,
+            ChecksumCRC32=checksum,
+        )
+        self._parts[number] = {
+            "PartNumber": number,
+            "ETag": answer["ETag"],
+            "ChecksumCRC32": checksum,
+        }
+
+    def _cut(self, start: int, stop: int) -> tuple[bytes, str]:
+        body = self._content.cut(start, stop)
+        return body, crc32_header(body)
+
+    async def _complete(self, upload_id: str) -> None:
+        parts = [self._parts[number] for number in sorted(self._parts)]
+        try:
+            await self._client.request(
+                self._operation,
+                "complete_multipart_upload",
+                Key=self._key,
+                UploadId=upload_id,
+                MultipartUpload={"Parts": parts},
+            )
+        except StorageError as error:
+            refusal = refusal_in(error)
+            # The answer to an earlier try was lost, and that try has used the upload up.
+            if refusal is None or refusal.code != "NoSuchUpload" or not await self._is_there():
+                raise
+
+    async def _is_there(self) -> bool:
+        """Whether the object under the key is the one that this very upload made."""
+        try:
+            found = await self._client.request(self._operation, "head_object", Key=self._key)
+        except KeyNotFound:
+            return False
+        size_fits = found["ContentLength"] == len(self._content)
+        token = found.get("Metadata", {}).get(_MARK)
+        return bool(size_fits and token == self._token)
+
+    async def _abort(self, upload_id: str) -> None:
+        """Give the parts back; a failure here must not hide the one that led here."""
+        try:
+            await self._client.request(
+                self._operation, "abort_multipart_upload", Key=self._key, UploadId=upload_id
+            )
+        except StorageError as error:
+            refusal = refusal_in(error)
+            if refusal is None or refusal.code != "NoSuchUpload":
+                _log.warning("an upload stays open until `discard` removes it: %s", error)
+
+
+class _Joined:
+    """Slices of the concatenation of several buffers, without joining them all."""
+
+    def __init__(self, buffers: Sequence[memoryview]) -> None:
+        self._buffers = [buffer for buffer in buffers if len(buffer)]
+        self._ends = list(accumulate(map(len, self._buffers)))
+
+    def __len__(self) -> int:
+        return self._ends[-1] if self._ends else 0
+
+    def cut(self, start: int, stop: int) -> bytes:
+        """Copy a range out; aiobotocore sends only ``bytes``."""
+        pieces = []
+        index = bisect_right(self._ends, start)
+        while start < stop:
+            buffer = self._buffers[index]
+            offset = start - (self._ends[index] - len(buffer))
+            piece = buffer[offset : offset + stop - start]
+            pieces.append(piece)
+            start += len(piece)
+            index += 1
+        return b"".join(pieces)
