@@ -12,3 +12,11 @@ def s3_server():
     """One S3 server process for the session; starts with the first test that wants it."""
     with S3Server() as server:
         yield server
+
+
+@pytest.fixture(scope="session")
+def ranks():
+    """Gloo ranks for the session, forked by the first test that wants them."""
+    from tests.support.ranks import rank_pool  # loads torch
+
+    yield from rank_pool()

@@ -36,6 +36,9 @@ from dcp_resume.manifest.values import Json, decode_value, encode_value
 __all__ = ["decode_leaf", "encode_leaf", "pack_leaves", "register_enum", "unpack_leaves"]
 
 MAX_DEPTH = 64
+MAX_JSON_DEPTH = 72
+"""Most levels of an encoded leaf, of which one of the value makes up to three. The documents that
+hold leaves are refused beyond 80: what is saved must be readable."""
 
 
 def encode_leaf(value: object, fqn: str) -> Json:
@@ -50,11 +53,27 @@ def encode_leaf(value: object, fqn: str) -> Json:
             the place, the type and the remedy.
     """
     try:
-        return encode_value(_mark(value, fqn, 0), where=fqn, extension=_encode_other)
+        encoded = encode_value(_mark(value, fqn, 0), where=fqn, extension=_encode_other)
+        _check_depth(encoded, fqn)
     except (TypeError, ValueError, RecursionError) as error:
         message = f"cannot be stored without pickle: {error}"
         problem = Problem(fqn, "leaf", message)
         raise UnsupportedLeaf(f"{fqn} {message}", problems=(problem,)) from error
+    return encoded
+
+
+def _check_depth(encoded: Json, where: str) -> None:
+    level = [encoded]
+    for _ in range(MAX_JSON_DEPTH):
+        level = [
+            child
+            for node in level
+            if isinstance(node, (dict, list))
+            for child in (node.values() if isinstance(node, dict) else node)
+        ]
+        if not level:
+            return
+    raise ValueError(f"{where}: nested too deep, {MAX_JSON_DEPTH} levels of JSON; flatten it")
 
 
 def _mark(value: object, where: str, depth: int) -> object:
@@ -96,7 +115,7 @@ def _remedy(value: object) -> str:
         return "store str(value)"
     if hasattr(value, "isoformat"):
         return "store value.isoformat()"
-    if dataclasses.is_dataclass(value):
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
         return "store dataclasses.asdict(value)"
     if isinstance(value, torch.Generator):
         return "store value.get_state()"

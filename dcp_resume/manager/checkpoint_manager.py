@@ -24,13 +24,14 @@ from dcp_resume.manager.trainer_state import TrainerState
 from dcp_resume.manifest.history import CommitEntry, RunHistory
 from dcp_resume.manifest.models import TrainerFacts
 from dcp_resume.planning.state import describe_state
+from dcp_resume.session.attempt import Run
 from dcp_resume.session.commit import quarantine
 from dcp_resume.session.documents import Facts
 from dcp_resume.session.load import LoadOptions, LoadResult, LoadSession, Located, locate
 from dcp_resume.session.ownership import own_run
 from dcp_resume.session.ranks import Ranks
 from dcp_resume.session.run_log import RunLog
-from dcp_resume.session.save import Run, SaveResult, SaveSession
+from dcp_resume.session.save import SaveResult, SaveSession
 from dcp_resume.session.staging import BufferPool
 from dcp_resume.storage import open_store
 

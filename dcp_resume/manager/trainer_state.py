@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
-from typing import Any, Literal
+from typing import Any
 
 from dcp_resume.errors import ConfigurationError
 from dcp_resume.manifest.models import TrainerFacts

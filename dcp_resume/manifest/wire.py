@@ -41,8 +41,8 @@ __all__ = [
 MAX_MANIFEST_BYTES = 256 * 2**10
 MAX_RECORD_BYTES = 64 * 2**10
 MAX_CATALOG_BYTES = 512 * 2**20
-MAX_DEPTH = 80
-"""Above the 64 levels of ``manifest.values``; far below what overflows a stack."""
+MAX_DEPTH = 128
+"""JSON levels. Far below what overflows a parser's stack: some stop at 200."""
 
 _T = TypeVar("_T")
 _manifest_adapter: TypeAdapter[Manifest] = TypeAdapter(Manifest)
@@ -64,8 +64,11 @@ def encode(document: Manifest | Catalog | LogRecord) -> bytes:
         cap = MAX_CATALOG_BYTES
     is_for_people = isinstance(document, Manifest)
     try:
+        fields = document.model_dump(mode="python")
+        # A reader refuses what is deeper, so it must not be written.
+        _check_depth(fields)
         text = json.dumps(
-            document.model_dump(mode="python"),
+            fields,
             allow_nan=False,
             ensure_ascii=False,
             sort_keys=True,
@@ -175,7 +178,7 @@ def _check_depth(value: Json) -> None:
         level = [
             child
             for node in level
-            if isinstance(node, (dict, list))
+            if isinstance(node, (dict, list, tuple))
             for child in (node.values() if isinstance(node, dict) else node)
         ]
         if not level:

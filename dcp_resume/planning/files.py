@@ -20,7 +20,7 @@ from dcp_resume.manifest.models import TensorEntry
 from dcp_resume.planning.plans import FilePlan
 from dcp_resume.planning.table import Table
 
-__all__ = ["FileLayout", "MAX_CHUNKS_A_NAME", "lay_out_files"]
+__all__ = ["FileLayout", "MAX_CHUNKS_A_NAME", "file_names", "lay_out_files"]
 
 I64 = npt.NDArray[np.int64]
 
@@ -116,7 +116,7 @@ def lay_out_files(table: Table, tensors: Sequence[TensorEntry]) -> FileLayout:
     is_new = np.r_[True, (key[1:] != key[:-1]).any(axis=1)]
     file = np.cumsum(is_new) - 1
     heads = key[is_new]
-    names = _file_names(heads, part_names)
+    names = file_names(heads, part_names)
     return FileLayout(
         chunks=table.take(order),
         file=file,
@@ -128,7 +128,8 @@ def lay_out_files(table: Table, tensors: Sequence[TensorEntry]) -> FileLayout:
     )
 
 
-def _file_names(heads: I64, part_names: Sequence[str]) -> tuple[str, ...]:
+def file_names(heads: I64, part_names: Sequence[str]) -> tuple[str, ...]:
+    """Names of data files: of each row rank, part, whether stock readers must not see it, number."""
     rows = [tuple(row) for row in heads.tolist()]
     counts: dict[tuple[int, int, int], int] = {}
     for rank, part, hidden, _ in rows:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import platform
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
@@ -32,6 +33,7 @@ from dcp_resume.manifest.models import (
 )
 from dcp_resume.manifest.wire import encode
 from dcp_resume.planning.merge import GlobalPlan
+from dcp_resume.planning.state import part_of
 from dcp_resume.session.writing import RankReport
 
 __all__ = ["AttemptIdentity", "Documents", "Facts", "build_documents"]
@@ -78,6 +80,7 @@ def build_documents(
     identity: AttemptIdentity,
     facts: Facts,
     block_size: int,
+    late_values: Mapping[str, tuple[Any, Any]],
 ) -> Documents:
     """Describe what the ranks wrote.
 
@@ -87,6 +90,7 @@ def build_documents(
         identity: Which attempt.
         facts: What the caller says.
         block_size: Bytes of a digest block.
+        late_values: FQN → path and encoded value of leaves that came with the reports.
     """
     digests = np.concatenate([report.digests for report in reports])
     files = _file_entries(plan, reports, digests)
@@ -125,9 +129,9 @@ def build_documents(
         ),
         leaves=tuple(
             LeafEntry(fqn=fqn, path=path, value=value)
-            for fqn, (path, value) in plan.manifest_values.items()
+            for fqn, (path, value) in {**plan.manifest_values, **late_values}.items()
         ),
-        parts=_part_summaries(plan, files),
+        parts=_part_summaries(plan, files, late_values),
         digest=DigestRule(block_size=block_size),
         counts=Counts(
             tensors=len(plan.tensors),
@@ -172,14 +176,17 @@ def _file_entries(
     )
 
 
-def _part_summaries(plan: GlobalPlan, files: Sequence[FileEntry]) -> dict[str, PartSummary]:
-    names = {entry.part for entry in plan.tensors} | set(plan.num_values)
+def _part_summaries(
+    plan: GlobalPlan, files: Sequence[FileEntry], late_values: Mapping[str, tuple[Any, Any]]
+) -> dict[str, PartSummary]:
+    num_values = Counter(plan.num_values) + Counter(part_of(p) for p, _ in late_values.values())
+    names = {entry.part for entry in plan.tensors} | set(num_values)
     summaries: dict[str, PartSummary] = {}
     for part in sorted(names):
         own = [file for file in files if file.part == part]
         summaries[part] = PartSummary(
             num_tensors=sum(t.part == part and t.codec == "raw" for t in plan.tensors),
-            num_leaves=plan.num_values.get(part, 0),
+            num_leaves=num_values[part],
             num_bytes=sum(file.size for file in own),
             digest=digest_hex("".join(file.digest for file in own).encode()),
         )

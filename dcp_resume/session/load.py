@@ -16,9 +16,6 @@ import json
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
-
-import torch
 
 from dcp_resume import errors
 from dcp_resume.errors import (
@@ -31,16 +28,15 @@ from dcp_resume.errors import (
     summarise,
 )
 from dcp_resume.events import LoadFinished, emit
-from dcp_resume.format.leaves import decode_leaf, unpack_leaves
-from dcp_resume.manifest.boxes import Box
+from dcp_resume.format.leaves import decode_leaf
 from dcp_resume.manifest.history import CommitEntry
 from dcp_resume.manifest.models import DocumentRef
-from dcp_resume.planning.plans import PER_RANK_LEAVES, SHARED_LEAVES
-from dcp_resume.planning.state import HeldTensor, LocalState
+from dcp_resume.planning.state import LocalState
 from dcp_resume.session.compare import LoadReport, Severity, Strictness, compare_state
 from dcp_resume.session.opening import OpenedCheckpoint, check_files, open_checkpoint
 from dcp_resume.session.reading import ReadOutcome, read_targets
-from dcp_resume.session.targets import Apply, Target, make_targets, settle
+from dcp_resume.session.targets import Apply, Target, settle, target_of
+from dcp_resume.session.values import StoredValue, own_box, read_values
 from dcp_resume.session.votes import Votes
 from dcp_resume.storage import ObjectStore
 
@@ -127,8 +123,7 @@ class LoadSession:
         self._options = options
         self._started = time.monotonic()
         self._opened: OpenedCheckpoint | None = None
-        self._values: dict[str, Any] = {}
-        """FQN → encoded value, of every non-tensor leaf this rank may want."""
+        self._values: dict[str, StoredValue] = {}
 
     @property
     def opened(self) -> OpenedCheckpoint:
@@ -144,17 +139,19 @@ class LoadSession:
             RankErrors: A rank could not read the documents.
             RankSilent: A rank did not answer by the deadline.
         """
-        located = self._located
+        located, votes = self._located, self._votes
 
         def work() -> bytes:
             try:
                 opened = open_checkpoint(
                     self._store, located.prefix, located.manifest, is_listed=False
                 )
-                if self._votes.rank == 0:
+                if votes.rank == 0:
                     check_files(self._store, opened)
                 self._opened = opened
-                self._values = self._read_values(opened)
+                self._values = read_values(
+                    self._store, opened, rank=votes.rank, world_size=votes.world_size
+                )
             except InvalidCheckpoint as error:
                 return _encode_problems(type(error).__name__, error.problems)
             return b""
@@ -218,7 +215,7 @@ class LoadSession:
         self._votes.round("read", work, self._judge)
         settle(targets)
         values = {
-            fqn: decode_leaf(self._values[fqn], fqn)
+            fqn: decode_leaf(self._values[fqn][1], fqn)
             for fqn in (*state.values, *state.per_rank_values)
             if fqn in self._values
         }
@@ -243,56 +240,19 @@ class LoadSession:
         )
 
     def _targets(self, state: LocalState) -> list[Target]:
-        pairs: list[tuple[HeldTensor, list[tuple[Box, torch.Tensor]]]] = []
-        for held in state.tensors:
-            if held.entry.fqn not in self.opened.tensor_ids:
-                continue  # missing, and the strictness allows it
-            if held.entry.kind == "per_rank":
-                box = self._own_box(held.entry.fqn)
-                if box is not None:
-                    pairs.append((held, [(box, held.local.unsqueeze(0))]))
-                continue
-            pairs.append((held, [(box.box, held.view(box.box)) for box in held.boxes]))
-        return make_targets(pairs, self._options.apply)
-
-    def _own_box(self, fqn: str) -> Box | None:
-        """Where this rank's value of a per-rank tensor lies; None on another topology."""
-        opened = self.opened
-        if opened.manifest.topology.world_size != self._votes.world_size:
-            return None
-        tensor = opened.tensor_ids[fqn]
-        ndim = len(opened.catalog.tensors[tensor].global_shape)
-        for chunk in opened.index.chunks_of(tensor).tolist():
-            if opened.catalog.files[int(opened.index.chunk_file[chunk])].rank == self._votes.rank:
-                code = opened.index.chunk_box[chunk]
-                offsets = opened.index.box_offsets[code][:ndim].tolist()
-                sizes = opened.index.box_sizes[code][:ndim].tolist()
-                return Box(tuple(offsets), tuple(sizes))
-        return None
-
-    def _read_values(self, opened: OpenedCheckpoint) -> dict[str, Any]:
-        """Every encoded non-tensor leaf: from the manifest, and from verified data files."""
-        self._opened = opened
-        values = {leaf.fqn: leaf.value for leaf in opened.manifest.leaves}
+        apply = self._options.apply
         targets: list[Target] = []
-        for entry in opened.catalog.tensors:
-            if entry.codec != "leaves":
+        for held in state.tensors:
+            fqn = held.entry.fqn
+            if fqn not in self.opened.tensor_ids:
+                continue  # missing, and the strictness allows it
+            if held.entry.kind != "per_rank":
+                targets.extend(target_of(fqn, b.box, held.view(b.box), apply) for b in held.boxes)
                 continue
-            is_own = entry.fqn.startswith(PER_RANK_LEAVES)
-            box = self._own_box(entry.fqn) if is_own else Box.whole(entry.global_shape)
-            if box is not None and entry.fqn.startswith((PER_RANK_LEAVES, SHARED_LEAVES)):
-                memory = memoryview(bytearray(box.volume))
-                targets.append(Target(entry.fqn, box, memory, None, None))
-        outcome = read_targets(self._store, opened, targets)
-        if outcome.problems:
-            raise CorruptData(
-                f"values of {opened.prefix} are damaged:\n{summarise(outcome.problems)}",
-                problems=tuple(outcome.problems),
-            )
-        for target in targets:
-            leaves = unpack_leaves(bytes(target.memory), target.fqn)
-            values.update((fqn, value) for fqn, (_, value) in leaves.items())
-        return values
+            box = own_box(self.opened, fqn, self._votes.rank, self._votes.world_size)
+            if box is not None:
+                targets.append(target_of(fqn, box, held.local.unsqueeze(0), apply))
+        return targets
 
     def _judge(self, ballots: Sequence[bytes]) -> list[bytes]:
         written: set[str] = set()

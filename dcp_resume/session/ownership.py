@@ -9,9 +9,9 @@ from dcp_resume.errors import StoreNotShared
 from dcp_resume.events import RunOpened, emit
 from dcp_resume.manifest.history import RunHistory
 from dcp_resume.manifest.keys import new_attempt_id
+from dcp_resume.session.attempt import Run
 from dcp_resume.session.commit import Opened, open_run
 from dcp_resume.session.run_log import RunLog
-from dcp_resume.session.save import Run
 from dcp_resume.session.votes import Votes
 from dcp_resume.storage import ObjectStore, check_exclusive_create
 

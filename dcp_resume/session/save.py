@@ -25,25 +25,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from dcp_resume.errors import (
-    CommitUnknown,
-    ConfigurationError,
-    RankSilent,
-    StorageError,
-    StoreNotShared,
-)
+from dcp_resume.errors import CommitUnknown, ConfigurationError, RankSilent, StorageError
 from dcp_resume.events import CheckpointCommitted, PhaseFinished, StepReached, emit
-from dcp_resume.format.dtypes import ITEMSIZES
-from dcp_resume.format.digests import choose_block_size, digest_hex
-from dcp_resume.manifest.keys import CATALOG_NAME, INDEX_NAME, MANIFEST_NAME
-from dcp_resume.manifest.keys import attempt_prefix, new_attempt_id
-from dcp_resume.manifest.models import DocumentRef, FileEntry
-from dcp_resume.planning.merge import GlobalPlan, merge
-from dcp_resume.planning.plans import LocalPlan, RankPlan, local_plan, per_rank_leaves
+from dcp_resume.planning.plans import LocalPlan, local_plan, per_rank_leaves
 from dcp_resume.planning.state import Declarations, LocalState, describe_state
-from dcp_resume.session.commit import Opened, commit
-from dcp_resume.session.documents import AttemptIdentity, Documents, Facts, build_documents
-from dcp_resume.session.run_log import RunLog
+from dcp_resume.session.attempt import Attempt, RankOrder, Run
+from dcp_resume.session.documents import Facts
 from dcp_resume.session.staging import BufferPool
 from dcp_resume.session.votes import Votes
 from dcp_resume.session.writing import (
@@ -53,18 +40,8 @@ from dcp_resume.session.writing import (
     stage_rank,
     write_rank,
 )
-from dcp_resume.storage import ObjectStore
 
-__all__ = ["Run", "SaveResult", "SaveSession"]
-
-
-@dataclass(frozen=True, slots=True)
-class Run:
-    """A run that this incarnation has opened."""
-
-    store: ObjectStore
-    log: RunLog
-    opened: Opened
+__all__ = ["SaveResult", "SaveSession"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,15 +58,6 @@ class SaveResult:
     """From the call of ``save`` to the commit."""
 
 
-@dataclass(frozen=True, slots=True)
-class _Agreed:
-    """What step 1 gave this rank."""
-
-    attempt: str
-    block_size: int
-    plan: RankPlan
-
-
 class SaveSession:
     """One save on one rank. Call ``stage`` in the trainer's thread, then ``finish`` anywhere.
 
@@ -99,6 +67,9 @@ class SaveSession:
         step: Optimizer steps completed.
         facts: For the manifest; the coordinator's count.
         declarations: What the caller knows of its leaves.
+
+    Raises:
+        ConfigurationError: ``step`` is negative.
     """
 
     def __init__(
@@ -118,13 +89,9 @@ class SaveSession:
         self._facts = facts
         self._declarations = declarations or Declarations()
         self._started = time.monotonic()
-        # Set by step 1 and 2:
-        self._agreed: _Agreed | None = None
-        self._staged: StagedRank | None = None
-        # Set by step 1 on the coordinator:
-        self._global: GlobalPlan | None = None
-        self._identity: AttemptIdentity | None = None
-        self._planned_at = 0
+        self._order: RankOrder | None = None  # known after step 1
+        self._staged: StagedRank | None = None  # known after step 2
+        self._attempt: Attempt | None = None  # known after step 1, on the coordinator
 
     @property
     def num_bytes(self) -> int:
@@ -142,7 +109,6 @@ class SaveSession:
             RankErrors: A rank's state cannot be saved, or the store failed; names ranks and causes.
             RankSilent: A rank did not answer by the deadline.
             StateError: The ranks' states contradict each other.
-            Fenced: A newer incarnation owns the run.
         """
         self._reach(1)
         started = time.monotonic()
@@ -150,18 +116,17 @@ class SaveSession:
 
         def offer() -> bytes:
             described.append(describe_state(state, self._declarations))
-            plan = local_plan(
-                described[0], self._votes.rank, self._votes.world_size, self._declarations
-            )
-            return _with_step(self._step, plan.to_bytes())
+            rank, world_size = self._votes.rank, self._votes.world_size
+            plan = local_plan(described[0], rank, world_size, self._declarations)
+            return self._step.to_bytes(8, "little") + plan.to_bytes()
 
-        self._agreed = _decode_agreed(self._votes.round("agree", offer, self._agree))
+        self._order = RankOrder.from_bytes(self._votes.round("agree", offer, self._begin))
         self._finish_phase("plan", started, 0)
 
         self._reach(2)
         started = time.monotonic()
         source = RankSource(described[0].tensors, per_rank_leaves(described[0]))
-        self._staged = stage_rank(self._agreed.plan, source, pool)
+        self._staged = stage_rank(self._order.plan, source, pool)
         self._finish_phase("stage", started, self.num_bytes)
 
     def finish(self) -> SaveResult:
@@ -200,131 +165,61 @@ class SaveSession:
 
     # Step 1, coordinator.
 
-    def _agree(self, ballots: Sequence[bytes]) -> list[bytes]:
-        steps = [_split_step(ballot) for ballot in ballots]
-        wrong = {rank: step for rank, (step, _) in enumerate(steps) if step != self._step}
+    def _begin(self, ballots: Sequence[bytes]) -> list[bytes]:
+        steps = {rank: int.from_bytes(b[:8], "little") for rank, b in enumerate(ballots)}
+        wrong = {rank: step for rank, step in steps.items() if step != self._step}
         if wrong:
             raise ConfigurationError(
                 f"ranks save different steps: rank 0 saves {self._step}, others {wrong}. Call "
                 f"save() on every rank with the same step",
                 option="step",
             )
-        plan = merge([LocalPlan.from_bytes(data) for _, data in steps])
-        history = self._run.log.refresh()
-        newest = history.newest()
-        self._planned_at = history.last_seq
-        self._identity = AttemptIdentity(
-            run=str(history.run),
-            step=self._step,
-            attempt=new_attempt_id(),
-            generation=self._run.opened.generation,
-            parent=newest.seq if newest else None,
-            resume_source=self._run.opened.resume_source,
-        )
-        self._global = plan
-        self._run.store.prepare(attempt_prefix(self._step, self._identity.attempt))
-        block_size = choose_block_size(_planned_bytes(plan))
-        return [
-            _encode_agreed(self._identity.attempt, block_size, plan.rank_plan(rank))
-            for rank in range(self._votes.world_size)
-        ]
+        plans = [LocalPlan.from_bytes(ballot[8:]) for ballot in ballots]
+        self._attempt = Attempt.begin(self._run, plans, self._step)
+        return [self._attempt.order(rank).to_bytes() for rank in range(len(ballots))]
 
     # Step 3, every rank.
 
     def _write(self) -> bytes:
-        assert self._agreed is not None
+        assert self._order is not None
         assert self._staged is not None
         self._reach(3)
         started, num_bytes = time.monotonic(), self.num_bytes
-        prefix = attempt_prefix(self._step, self._agreed.attempt)
-        report = write_rank(self._staged, self._run.store, prefix, self._agreed.block_size)
+        order = self._order
+        report = write_rank(self._staged, self._run.store, order.prefix, order.block_size)
         self._finish_phase("write", started, num_bytes)
         return report.to_bytes()
 
     # Step 4, coordinator.
 
     def _commit(self, ballots: Sequence[bytes]) -> list[bytes]:
-        assert self._global is not None
-        assert self._identity is not None
-        assert self._agreed is not None
+        assert self._attempt is not None
         self._reach(4)
         started = time.monotonic()
-        documents = build_documents(
-            self._global,
-            [RankReport.from_bytes(ballot) for ballot in ballots],
-            self._identity,
-            self._facts,
-            self._agreed.block_size,
-        )
-        prefix = attempt_prefix(self._step, self._identity.attempt)
-        self._check_listing(prefix, documents.files)
-        self._write_documents(prefix, documents)
-        committed = commit(
-            self._run.log,
-            generation=self._identity.generation,
-            step=self._step,
-            attempt=self._identity.attempt,
-            manifest=DocumentRef(
-                key=prefix + MANIFEST_NAME,
-                size=len(documents.manifest_bytes),
-                digest=digest_hex(documents.manifest_bytes),
-            ),
-            parent=self._identity.parent,
-            references=(),
-            planned_at=self._planned_at,
-            num_bytes=documents.manifest.counts.num_bytes,
-            trainer=self._facts.trainer,
-        )
+        reports = [RankReport.from_bytes(ballot) for ballot in ballots]
+        committed = self._attempt.commit(reports, self._facts)
         self._finish_phase("commit", started, 0)
         outcome = [committed.seq, committed.record.attempt, committed.record.num_bytes]
-        return [json.dumps(outcome).encode()] * self._votes.world_size
-
-    def _check_listing(self, prefix: str, files: Sequence[FileEntry]) -> None:
-        found = {info.key: info.size for info in self._run.store.list(prefix)}
-        unseen = sorted({file.rank for file in files if prefix + file.key not in found})
-        if unseen:
-            raise StoreNotShared(
-                f"step {self._step}: the coordinator does not see the files that rank(s) "
-                f"{', '.join(map(str, unseen))} wrote below {self._run.store.url}/{prefix}. Use a "
-                f"root that is the same storage on every host (shared file system or s3://)",
-                step=self._step,
-                ranks=tuple(unseen),
-            )
-        for file in files:
-            if found[prefix + file.key] != file.size:
-                raise StorageError(
-                    f"{prefix + file.key} has {found[prefix + file.key]} bytes, rank {file.rank} "
-                    f"wrote {file.size}; the attempt is dropped",
-                    url=self._run.store.url,
-                    key=prefix + file.key,
-                )
-
-    def _write_documents(self, prefix: str, documents: Documents) -> None:
-        for name, data in (
-            (INDEX_NAME, documents.index_bytes),
-            (CATALOG_NAME, documents.catalog_bytes),
-            (MANIFEST_NAME, documents.manifest_bytes),
-        ):
-            self._run.store.write(prefix + name, [memoryview(data)])
+        return [json.dumps(outcome).encode()] * len(ballots)
 
     # Step 5, a rank that heard nothing.
 
     def _outcome_from_log(self, silence: RankSilent) -> bytes:
-        if silence.ranks != (0,) or self._votes.rank == 0 or self._agreed is None:
+        if silence.ranks != (0,) or self._votes.rank == 0 or self._order is None:
             raise silence
+        attempt = self._order.attempt
         try:
-            entry = self._run.log.refresh().find_attempt(self._agreed.attempt)
+            entry = self._run.log.refresh().find_attempt(attempt)
         except StorageError as error:
             raise CommitUnknown(
                 f"step {self._step}: the coordinator is silent and the log cannot be read "
-                f"({error}); attempt {self._agreed.attempt} may or may not have committed",
+                f"({error}); attempt {attempt} may or may not have committed",
                 step=self._step,
-                attempt=self._agreed.attempt,
+                attempt=attempt,
             ) from silence
         if entry is None:
             raise silence
-        record = entry.record
-        return json.dumps([entry.seq, record.attempt, record.num_bytes]).encode()
+        return json.dumps([entry.seq, attempt, entry.record.num_bytes]).encode()
 
     def _reach(self, number: int) -> None:
         emit(StepReached(number=number, step=self._step, rank=self._votes.rank))
@@ -339,33 +234,3 @@ class SaveSession:
                 num_bytes=num_bytes,
             )
         )
-
-
-def _planned_bytes(plan: GlobalPlan) -> int:
-    itemsizes = [ITEMSIZES[entry.dtype] for entry in plan.tensors]
-    chunks = plan.layout.chunks
-    volumes = chunks.sizes.prod(axis=1).tolist()
-    return sum(
-        volume * itemsizes[tensor]
-        for tensor, volume in zip(chunks.tensor.tolist(), volumes, strict=True)
-    )
-
-
-def _with_step(step: int, data: bytes) -> bytes:
-    return step.to_bytes(8, "little") + data
-
-
-def _split_step(ballot: bytes) -> tuple[int, bytes]:
-    return int.from_bytes(ballot[:8], "little"), ballot[8:]
-
-
-def _encode_agreed(attempt: str, block_size: int, plan: RankPlan) -> bytes:
-    return block_size.to_bytes(8, "little") + attempt.encode().ljust(32) + plan.to_bytes()
-
-
-def _decode_agreed(data: bytes) -> _Agreed:
-    return _Agreed(
-        attempt=data[8:40].decode().strip(),
-        block_size=int.from_bytes(data[:8], "little"),
-        plan=RankPlan.from_bytes(data[40:]),
-    )

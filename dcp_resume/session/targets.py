@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 from enum import Enum
 
@@ -10,9 +10,8 @@ import torch
 
 from dcp_resume.format.tensor_bytes import as_bytes
 from dcp_resume.manifest.boxes import Box
-from dcp_resume.planning.state import HeldTensor
 
-__all__ = ["Apply", "Target", "make_targets", "settle"]
+__all__ = ["Apply", "Target", "settle", "target_of"]
 
 
 class Apply(Enum):
@@ -38,30 +37,25 @@ class Target:
     copy: torch.Tensor | None
 
 
-def make_targets(
-    tensors: Sequence[tuple[HeldTensor, Iterable[tuple[Box, torch.Tensor]]]], apply: Apply
-) -> list[Target]:
-    """One target a wanted box.
+def target_of(fqn: str, box: Box, view: torch.Tensor, apply: Apply) -> Target:
+    """The target of one wanted box.
 
     Args:
-        tensors: Per tensor its wanted boxes, each with the trainer's memory for it.
+        fqn: Name of the stored tensor.
+        box: In its coordinates.
+        view: The trainer's memory of the box, of the same shape.
         apply: When the memory may change.
     """
-    targets: list[Target] = []
-    for held, boxes in tensors:
-        for box, view in boxes:
-            is_direct = (
-                apply is Apply.IN_PLACE
-                and view.device.type == "cpu"
-                and view.is_contiguous()
-                and not (view.is_conj() or view.is_neg())
-            )
-            if is_direct:
-                targets.append(Target(held.entry.fqn, box, as_bytes(view), None, None))
-            else:
-                copy = torch.empty(view.shape, dtype=view.dtype)
-                targets.append(Target(held.entry.fqn, box, as_bytes(copy), view, copy))
-    return targets
+    is_direct = (
+        apply is Apply.IN_PLACE
+        and view.device.type == "cpu"
+        and view.is_contiguous()
+        and not (view.is_conj() or view.is_neg())
+    )
+    if is_direct:
+        return Target(fqn, box, as_bytes(view), None, None)
+    copy = torch.empty(view.shape, dtype=view.dtype)
+    return Target(fqn, box, as_bytes(copy), view, copy)
 
 
 def settle(targets: Iterable[Target]) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -17,14 +18,21 @@ from dcp_resume.planning.state import HeldTensor
 from dcp_resume.session.staging import BufferPool, StagedFile, borrow_chunks, stage_chunks
 from dcp_resume.storage import ObjectStore
 
-__all__ = ["RankReport", "RankSource", "StagedRank", "stage_rank", "write_rank"]
+__all__ = ["RankReport", "ChunkSource", "RankSource", "StagedRank", "stage_rank", "write_rank"]
 
 _REPORT_MAGIC = b"DCPRREPT"
 
 
+class ChunkSource(Protocol):
+    """Where a rank's plan finds its bytes."""
+
+    def chunk(self, plan: RankPlan, row: int, key: str) -> tuple[torch.Tensor, ChunkHeader]:
+        """The memory of one planned chunk, and its line in the file's header."""
+
+
 @dataclass(frozen=True, slots=True)
 class RankSource:
-    """Where a rank's plan finds its bytes."""
+    """The bytes of a rank's described state."""
 
     tensors: Sequence[HeldTensor]
     """In the order of the rank's structure."""
@@ -75,7 +83,7 @@ class StagedRank:
             file.release()
 
 
-def stage_rank(plan: RankPlan, source: RankSource, pool: BufferPool | None) -> StagedRank:
+def stage_rank(plan: RankPlan, source: ChunkSource, pool: BufferPool | None) -> StagedRank:
     """Collect the chunks of the plan.
 
     Args:

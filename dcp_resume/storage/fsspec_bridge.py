@@ -118,17 +118,24 @@ def open_filesystem(url: str, storage_options: Mapping[str, Any]) -> tuple[FileS
     return cast("FileSystem", filesystem), str(path)
 
 
-def open_s3(storage_options: Mapping[str, Any]) -> S3Calls:
+def open_s3(storage_options: Mapping[str, Any], *, reuse_connections: bool = True) -> S3Calls:
     """Open S3 by s3fs, with lean requests and no retries below ours.
 
     Args:
         storage_options: As s3fs takes them; ``config_kwargs`` are laid over ours.
+        reuse_connections: Where false, every request has its own connection. aiohttp repeats a
+            PUT by itself, in silence, when a connection that was used before breaks: a create
+            could then happen without our knowing that an answer was lost.
 
     Raises:
         ConfigurationError: The options contradict each other.
     """
     options = dict(storage_options)
-    options["config_kwargs"] = _config(options.get("config_kwargs", {}))
+    config = _config(options.get("config_kwargs", {}))
+    if not reuse_connections:
+        alone = {"force_close": True, "keepalive_timeout": None}
+        config["connector_args"] = {**config.get("connector_args", {}), **alone}
+    options["config_kwargs"] = config
     try:
         filesystem = fsspec.filesystem("s3", **{**options, **_UNCACHED})
     except (TypeError, ValueError, KeyError) as error:
@@ -170,27 +177,27 @@ def run_on_loop(coroutine: Coroutine[Any, Any, T]) -> T:
         coroutine.close()
         raise RuntimeError("a store was called on fsspec's I/O thread; call it from any other")
     ended = threading.Event()
+    tasks: list[asyncio.Task[T]] = []
 
-    async def tracked() -> T:
-        try:
-            return await coroutine
-        finally:
-            ended.set()
+    def start() -> None:
+        tasks.append(loop.create_task(coroutine))
+        tasks[0].add_done_callback(lambda _: ended.set())
 
-    future = asyncio.run_coroutine_threadsafe(tracked(), loop)
+    loop.call_soon_threadsafe(start)
     try:
-        return future.result()
+        ended.wait()
     except BaseException:
-        if not future.done():
-            future.cancel()
-            ended.wait(_CLEANUP_S)
+        # The loop runs callbacks in order, so the task exists by then.
+        loop.call_soon_threadsafe(lambda: tasks[0].cancel())
+        ended.wait(_CLEANUP_S)
         raise
+    return tasks[0].result()
 
 
 def is_no_answer(error: BaseException) -> bool:
     """Whether a request got no answer, or only a part of one: time-outs, resets, truncation."""
     import aiohttp
-    from botocore import exceptions
+    from botocore import exceptions, parsers
 
     return isinstance(
         error,
@@ -198,7 +205,7 @@ def is_no_answer(error: BaseException) -> bool:
             exceptions.ConnectionError,
             exceptions.HTTPClientError,
             exceptions.IncompleteReadError,
-            exceptions.ResponseParserError,
+            parsers.ResponseParserError,
             aiohttp.ClientError,
             TimeoutError,
             ConnectionError,

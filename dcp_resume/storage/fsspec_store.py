@@ -162,10 +162,14 @@ class FsspecStore:
         """See ``ObjectStore.discard``.
 
         Raises:
-            ValueError: There was an entry, although ``unfinished`` lists none.
+            ConfigurationError: There was an entry, although ``unfinished`` lists none.
         """
         for info in unfinished:
-            raise ValueError(f"{info.key!r} is not an entry that FsspecStore.unfinished listed")
+            raise ConfigurationError(
+                f"cannot discard {info.key!r} at {self._url}: this store lists nothing as"
+                " unfinished. Pass on what `unfinished` yields, unchanged",
+                option="unfinished",
+            )
 
     def close(self) -> None:
         """See ``ObjectStore.close``."""

@@ -13,7 +13,13 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from typing import TypeVar
 
-from dcp_resume.errors import KeyNotFound, OutcomeUnknown, StorageError, UnsupportedStore
+from dcp_resume.errors import (
+    ConfigurationError,
+    KeyNotFound,
+    OutcomeUnknown,
+    StorageError,
+    UnsupportedStore,
+)
 from dcp_resume.storage import posix_files
 from dcp_resume.storage.keys import TEMP_PREFIX, check_key, check_prefix, is_key
 from dcp_resume.storage.object_store import ObjectInfo, RangeRead
@@ -144,12 +150,16 @@ class PosixStore:
         """See ``ObjectStore.discard``.
 
         Raises:
-            ValueError: An entry did not come from ``unfinished``.
+            ConfigurationError: An entry did not come from ``unfinished``.
         """
         names = [info.key for info in unfinished]
         for name in names:
             if not _is_temp(name):
-                raise ValueError(f"{name!r} is not an entry that PosixStore.unfinished listed")
+                raise ConfigurationError(
+                    f"cannot discard {name!r} at {self.url}: it is no temporary file. Pass on what"
+                    " `unfinished` yields, unchanged",
+                    option="unfinished",
+                )
         self._remove(names)
 
     def close(self) -> None:

@@ -14,7 +14,13 @@ from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
 from typing import TypeVar
 
-from dcp_resume.errors import ConfigurationError, OutcomeUnknown, StorageUnavailable
+from dcp_resume.errors import (
+    ConfigurationError,
+    KeyExists,
+    OutcomeUnknown,
+    StorageError,
+    StorageUnavailable,
+)
 from dcp_resume.events import StorageRetried, emit
 
 __all__ = ["Operation", "RetryPolicy", "TransientFault"]
@@ -89,7 +95,8 @@ class RetryPolicy:
 
         Raises:
             StorageUnavailable: Transient faults lasted until the deadline.
-            OutcomeUnknown: The same, where an exclusive create may have taken effect.
+            OutcomeUnknown: An exclusive create failed for whatever reason, and an earlier try may
+                have taken effect.
         """
         tries = _Tries(self, operation)
         while True:
@@ -97,6 +104,9 @@ class RetryPolicy:
                 return attempt()
             except TransientFault as fault:
                 delay_s = tries.delay_after(fault)
+            except StorageError as error:
+                tries.check_known(error)
+                raise
             self.sleep(delay_s)
 
     async def run_async(self, operation: Operation, attempt: Callable[[], Awaitable[T]]) -> T:
@@ -104,7 +114,8 @@ class RetryPolicy:
 
         Raises:
             StorageUnavailable: Transient faults lasted until the deadline.
-            OutcomeUnknown: The same, where an exclusive create may have taken effect.
+            OutcomeUnknown: An exclusive create failed for whatever reason, and an earlier try may
+                have taken effect.
         """
         tries = _Tries(self, operation)
         while True:
@@ -113,6 +124,9 @@ class RetryPolicy:
                     return await attempt()
             except TransientFault as fault:
                 delay_s = tries.delay_after(fault)
+            except StorageError as error:
+                tries.check_known(error)
+                raise
             except TimeoutError:
                 delay_s = tries.delay_after(TransientFault("no answer in time", ambiguous=True))
             await asyncio.sleep(delay_s)
@@ -145,6 +159,22 @@ class _Tries:
             )
         )
         return delay_s
+
+    def check_known(self, error: StorageError) -> None:
+        """Refuse to pass a failure on as final where an earlier try may have taken effect.
+
+        A caller who took, say, "denied" for "not created" would commit a second time. Only the key
+        being taken is an answer.
+        """
+        operation = self._operation
+        if operation.exclusive and self._ambiguous and not isinstance(error, KeyExists):
+            raise OutcomeUnknown(
+                f"cannot tell whether {operation.name} {operation.key!r} at {operation.url}"
+                f" succeeded: the answer to an earlier try was lost, and the last failed: {error}."
+                " Repeat it with the same bytes, or read the key",
+                url=operation.url,
+                key=operation.key,
+            ) from error
 
     def _given_up(self, fault: TransientFault) -> OutcomeUnknown | StorageUnavailable:
         operation = self._operation

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
-from dcp_resume.errors import StorageError
+from dcp_resume.errors import ConfigurationError, StorageError
 from dcp_resume.storage.keys import check_key, check_prefix, is_key
 from dcp_resume.storage.object_store import ObjectInfo, RangeRead
 from dcp_resume.storage.os_errors import short_read
@@ -144,13 +144,17 @@ class S3Store:
         """See ``ObjectStore.discard``: abort exactly these uploads.
 
         Raises:
-            ValueError: An entry did not come from ``unfinished``.
+            ConfigurationError: An entry did not come from ``unfinished``.
         """
         first: StorageError | None = None
         for info in list(unfinished):
             key, separator, upload_id = info.key.partition(_UPLOAD_ID)
             if not (separator and is_key(key)):
-                raise ValueError(f"{info.key!r} is not an entry that S3Store.unfinished listed")
+                raise ConfigurationError(
+                    f"cannot discard {info.key!r} at {self._url}: it is no open upload. Pass on"
+                    " what `unfinished` yields, unchanged",
+                    option="unfinished",
+                )
             try:
                 self._abort(key, upload_id)
             except StorageError as error:

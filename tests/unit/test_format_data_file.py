@@ -24,7 +24,7 @@ GOLDEN = (
     b'{"__metadata__":{"DCP_SHARDING_INFO":"{\\"w\\":{\\"saved_offsets\\":[2,0]},'
     b'\\"n\\":{\\"saved_offsets\\":[]}}","DCP_VERSION":"1.0","format":"pt"},'
     b'"w":{"dtype":"F32","shape":[2,1],"data_offsets":[0,8]},'
-    b'"n":{"dtype":"I8","shape":[],"data_offsets":[8,9]}}       '
+    b'"n":{"dtype":"I8","shape":[],"data_offsets":[8,9]}}     '
 )
 CHUNKS = [ChunkHeader("w", "float32", (2, 1), (2, 0)), ChunkHeader("n", "int8", (), ())]
 
@@ -86,7 +86,9 @@ def entry(begin, end, shape=None, dtype="U8"):
         (header_of(document_with(a=entry(0, 4, dtype="Q4"))), ["header"]),
         (header_of(document_with(a=[])), ["header"]),
         (
-            header_of(document_with({"a": {"saved_offsets": [0], "dtype": "complex128"}}, a=entry(0, 4))),
+            header_of(
+                document_with({"a": {"saved_offsets": [0], "dtype": "complex128"}}, a=entry(0, 4))
+            ),
             ["header"],
         ),
         (
@@ -124,7 +126,10 @@ def test_a_header_too_long_continues_in_a_further_file(monkeypatch):
     assert split.file.tolist() == sorted(split.file.tolist())
     assert len(split.is_part) > 2
     for number in range(len(split.is_part)):
-        chunks = [ChunkHeader(names[i], "int8", (9, 9), (0, 0)) for i in (split.file == number).nonzero()[0]]
+        chunks = [
+            ChunkHeader(names[i], "int8", (9, 9), (0, 0))
+            for i in (split.file == number).nonzero()[0]
+        ]
         assert len(header_bytes(chunks)) < 1500
 
 

@@ -25,7 +25,9 @@ def test_literal_digests():
 
 def test_a_wrong_digest_names_the_key_and_both_digests():
     check_digest(b"abc", digest_hex(b"abc"), "k")
-    with pytest.raises(CorruptData, match=r"k: expected digest xxh3-128:0.*found xxh3-128:06b") as e:
+    with pytest.raises(
+        CorruptData, match=r"k: expected digest xxh3-128:0.*found xxh3-128:06b"
+    ) as e:
         check_digest(b"abc", "xxh3-128:0", "k")
     assert e.value.problems[0].kind == "digest"
     with pytest.raises(CorruptData) as e:

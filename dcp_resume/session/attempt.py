@@ -1,0 +1,194 @@
+"""The coordinator's side of one save: begin an attempt, and make it a checkpoint."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from dcp_resume.errors import StorageError, StoreNotShared
+from dcp_resume.format.digests import choose_block_size, digest_hex
+from dcp_resume.format.dtypes import ITEMSIZES
+from dcp_resume.manifest.keys import (
+    CATALOG_NAME,
+    INDEX_NAME,
+    MANIFEST_NAME,
+    attempt_prefix,
+    new_attempt_id,
+)
+from dcp_resume.manifest.models import DocumentRef, FileEntry
+from dcp_resume.planning.merge import GlobalPlan, merge
+from dcp_resume.planning.plans import LocalPlan, RankPlan
+from dcp_resume.session.commit import Committed, Opened, commit
+from dcp_resume.session.documents import AttemptIdentity, Documents, Facts, build_documents
+from dcp_resume.session.run_log import RunLog
+from dcp_resume.session.writing import RankReport
+from dcp_resume.storage import ObjectStore
+
+__all__ = ["Attempt", "RankOrder", "Run"]
+
+
+@dataclass(frozen=True, slots=True)
+class Run:
+    """A run that this incarnation has opened."""
+
+    store: ObjectStore
+    log: RunLog
+    opened: Opened
+
+
+@dataclass(frozen=True, slots=True)
+class RankOrder:
+    """What the coordinator tells one rank to write, and where."""
+
+    attempt: str
+    step: int
+    block_size: int
+    plan: RankPlan
+
+    @property
+    def prefix(self) -> str:
+        """Prefix of the attempt's files."""
+        return attempt_prefix(self.step, self.attempt)
+
+    def to_bytes(self) -> bytes:
+        """Serialise for its rank."""
+        head = self.block_size.to_bytes(8, "little") + self.step.to_bytes(8, "little")
+        return head + self.attempt.encode().ljust(32) + self.plan.to_bytes()
+
+    @classmethod
+    def from_bytes(cls, data: bytes) -> RankOrder:
+        """Read what ``to_bytes`` wrote.
+
+        Raises:
+            InvalidDocument: The bytes are no order.
+        """
+        return cls(
+            attempt=data[16:48].decode().strip(),
+            step=int.from_bytes(data[8:16], "little"),
+            block_size=int.from_bytes(data[:8], "little"),
+            plan=RankPlan.from_bytes(data[48:]),
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Attempt:
+    """One try to write one step, as the coordinator knows it."""
+
+    run: Run
+    identity: AttemptIdentity
+    plan: GlobalPlan
+    planned_at: int
+    """Last log number read when the parent was chosen."""
+    block_size: int
+
+    @classmethod
+    def begin(cls, run: Run, plans: Sequence[LocalPlan], step: int) -> Attempt:
+        """Merge the ranks' plans, name the attempt, and make its directories durable.
+
+        Raises:
+            StateError: The plans contradict each other or do not tile every tensor.
+            StorageError: The store failed.
+        """
+        plan = merge(plans)
+        history = run.log.refresh()
+        newest = history.newest()
+        identity = AttemptIdentity(
+            run=str(history.run),
+            step=step,
+            attempt=new_attempt_id(),
+            generation=run.opened.generation,
+            parent=newest.seq if newest else None,
+            resume_source=run.opened.resume_source,
+        )
+        run.store.prepare(attempt_prefix(step, identity.attempt))
+        return cls(run, identity, plan, history.last_seq, choose_block_size(_num_bytes(plan)))
+
+    def order(self, rank: int) -> RankOrder:
+        """What ``rank`` writes."""
+        identity = self.identity
+        return RankOrder(
+            identity.attempt, identity.step, self.block_size, self.plan.rank_plan(rank)
+        )
+
+    def commit(
+        self,
+        reports: Sequence[RankReport],
+        facts: Facts,
+        late_values: Mapping[str, tuple[Any, Any]] | None = None,
+    ) -> Committed:
+        """Check that every file is there, write the documents, append the commit.
+
+        Args:
+            reports: What each rank wrote.
+            facts: For the manifest.
+            late_values: Non-tensor leaves that came with the reports.
+
+        Raises:
+            StoreNotShared: Files of some ranks are not visible here.
+            CommitRefused: The log forbids the commit.
+            CommitUnknown: The outcome could not be learned in time.
+            Fenced: A newer incarnation owns the run.
+            StorageError: The store failed; the attempt did not commit.
+        """
+        documents = build_documents(
+            self.plan, reports, self.identity, facts, self.block_size, late_values or {}
+        )
+        prefix = attempt_prefix(self.identity.step, self.identity.attempt)
+        self._check_listing(prefix, documents.files)
+        self._write_documents(prefix, documents)
+        return commit(
+            self.run.log,
+            generation=self.identity.generation,
+            step=self.identity.step,
+            attempt=self.identity.attempt,
+            manifest=DocumentRef(
+                key=prefix + MANIFEST_NAME,
+                size=len(documents.manifest_bytes),
+                digest=digest_hex(documents.manifest_bytes),
+            ),
+            parent=self.identity.parent,
+            references=(),
+            planned_at=self.planned_at,
+            num_bytes=documents.manifest.counts.num_bytes,
+            trainer=facts.trainer,
+        )
+
+    def _check_listing(self, prefix: str, files: Sequence[FileEntry]) -> None:
+        store, step = self.run.store, self.identity.step
+        found = {info.key: info.size for info in store.list(prefix)}
+        unseen = sorted({file.rank for file in files if prefix + file.key not in found})
+        if unseen:
+            raise StoreNotShared(
+                f"step {step}: the coordinator does not see the files that rank(s) "
+                f"{', '.join(map(str, unseen))} wrote below {store.url}/{prefix}. Use a root that "
+                f"is the same storage on every host (shared file system or s3://)",
+                step=step,
+                ranks=tuple(unseen),
+            )
+        for file in files:
+            if found[prefix + file.key] != file.size:
+                raise StorageError(
+                    f"{prefix + file.key} has {found[prefix + file.key]} bytes, rank {file.rank} "
+                    f"wrote {file.size}; the attempt is dropped",
+                    url=store.url,
+                    key=prefix + file.key,
+                )
+
+    def _write_documents(self, prefix: str, documents: Documents) -> None:
+        for name, data in (
+            (INDEX_NAME, documents.index_bytes),
+            (CATALOG_NAME, documents.catalog_bytes),
+            (MANIFEST_NAME, documents.manifest_bytes),
+        ):
+            self.run.store.write(prefix + name, [memoryview(data)])
+
+
+def _num_bytes(plan: GlobalPlan) -> int:
+    itemsizes = [ITEMSIZES[entry.dtype] for entry in plan.tensors]
+    chunks = plan.layout.chunks
+    volumes = chunks.sizes.prod(axis=1).tolist()
+    return sum(
+        volume * itemsizes[tensor]
+        for tensor, volume in zip(chunks.tensor.tolist(), volumes, strict=True)
+    )

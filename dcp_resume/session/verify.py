@@ -1,0 +1,235 @@
+"""Verify a whole checkpoint without loading it.
+
+1. Open. Manifest, catalog and index are read and proved; if they fail, nothing else can be told.
+2. List. Every data file is there at its size.
+3. Read. Every block of every file is fetched and its digest compared; every header is parsed and
+   compared with catalog and index. Files that are missing are passed over.
+
+Memory is bounded by the number of readers times the size of a read, whatever the checkpoint's size.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from dataclasses import dataclass
+
+import numpy as np
+
+from dcp_resume.errors import InvalidCheckpoint, KeyNotFound, Problem, ShortRead
+from dcp_resume.format.data_file import ChunkHeader, parse_header
+from dcp_resume.format.digests import digest_bytes
+from dcp_resume.planning.plans import unpad_box
+from dcp_resume.session.load import Located
+from dcp_resume.session.opening import OpenedCheckpoint, check_files, open_checkpoint
+from dcp_resume.storage import ByteRange, ObjectStore, RangeRead
+
+__all__ = ["Verification", "verify_checkpoint"]
+
+READ_BYTES = 8 * 1024 * 1024
+NUM_READERS = 4
+
+Progress = Callable[[int, int], None]
+"""Called with bytes verified and bytes in all, from any thread, one call at a time."""
+
+
+@dataclass(frozen=True, slots=True)
+class Verification:
+    """What was found."""
+
+    prefix: str
+    seq: int
+    """Log number of the commit; 0 for a directory without a log."""
+    step: int | None
+    """None where the manifest cannot be read."""
+    num_files: int
+    num_blocks: int
+    """Blocks that were read and compared."""
+    num_bytes: int
+    """Bytes that were read and compared."""
+    problems: tuple[Problem, ...]
+    duration_s: float
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether nothing is wrong."""
+        return not self.problems
+
+
+def verify_checkpoint(
+    store: ObjectStore,
+    located: Located,
+    *,
+    num_readers: int = NUM_READERS,
+    progress: Progress = lambda done, total: None,
+) -> Verification:
+    """Verify documents, and every byte of every data file. Faults are returned, not raised.
+
+    Raises:
+        StorageError: The store failed, which says nothing about the checkpoint.
+    """
+    started = time.monotonic()
+    try:
+        opened = open_checkpoint(store, located.prefix, located.manifest, is_listed=False)
+    except InvalidCheckpoint as error:
+        problems = error.problems or (Problem(located.prefix, "document", str(error)),)
+        duration_s = time.monotonic() - started
+        return Verification(located.prefix, located.seq, None, 0, 0, 0, problems, duration_s)
+    check = _Check(store, opened, progress)
+    check.list_files()
+    check.read_all(num_readers)
+    return Verification(
+        prefix=located.prefix,
+        seq=located.seq,
+        step=opened.manifest.step,
+        num_files=len(opened.catalog.files),
+        num_blocks=check.num_blocks,
+        num_bytes=check.num_bytes,
+        problems=tuple(sorted(check.problems)),
+        duration_s=time.monotonic() - started,
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class _Window:
+    """Some consecutive blocks of one file."""
+
+    file: int
+    first: int
+    """Number of the first block in the file."""
+    stops: tuple[int, ...]
+    """Where each block ends."""
+    start: int
+
+
+class _Check:
+    def __init__(self, store: ObjectStore, opened: OpenedCheckpoint, progress: Progress) -> None:
+        self._store = store
+        self._opened = opened
+        self._progress = progress
+        self._local = threading.local()
+        self._lock = threading.Lock()
+        self._total = opened.manifest.counts.num_bytes
+        self._passed_over: set[str] = set()
+        self.problems: list[Problem] = []
+        self.num_blocks = 0
+        self.num_bytes = 0
+
+    def list_files(self) -> None:
+        try:
+            check_files(self._store, self._opened)
+        except InvalidCheckpoint as error:
+            self.problems += error.problems
+            self._passed_over = {p.where for p in error.problems if p.kind == "missing"}
+
+    def read_all(self, num_readers: int) -> None:
+        running: set[Future[None]] = set()
+        with ThreadPoolExecutor(num_readers, "dcp-resume-verify") as pool:
+            try:
+                for job in self._jobs():
+                    if len(running) >= 2 * num_readers:
+                        done, running = wait(running, return_when=FIRST_COMPLETED)
+                        for future in done:
+                            future.result()
+                    running.add(pool.submit(job))
+                for future in running:
+                    future.result()
+            except BaseException:
+                pool.shutdown(cancel_futures=True)
+                raise
+
+    def _jobs(self) -> Iterator[Callable[[], None]]:
+        for file in range(len(self._opened.catalog.files)):
+            if self._opened.file_key(file) not in self._passed_over:
+                yield lambda file=file: self._check_header(file)  # type: ignore[misc]
+                for window in self._windows(file):
+                    yield lambda window=window: self._check_window(window)  # type: ignore[misc]
+
+    def _windows(self, file: int) -> Iterator[_Window]:
+        bounds: list[int] = self._opened.blocks.bounds(file).tolist()
+        first = 0
+        while first < len(bounds) - 1:
+            last = first + 1
+            while last < len(bounds) - 1 and bounds[last + 1] - bounds[first] <= READ_BYTES:
+                last += 1
+            yield _Window(file, first, tuple(bounds[first + 1 : last + 1]), bounds[first])
+            first = last
+
+    def _check_window(self, window: _Window) -> None:
+        data = self._read(window.file, window.start, window.stops[-1])
+        if data is None:
+            return
+        blocks, index = self._opened.blocks, self._opened.index
+        number_in_all = int(blocks.first[window.file]) + window.first
+        start = window.start
+        for number, stop in enumerate(window.stops):
+            found = digest_bytes([data[start - window.start : stop - window.start]])
+            expected = index.block_digest[number_in_all + number].tobytes()
+            if found != expected:
+                self._report_block(window.file, window.first + number, start, stop)
+            start = stop
+        with self._lock:
+            self.num_blocks += len(window.stops)
+            self.num_bytes += len(data)
+            self._progress(self.num_bytes, self._total)
+
+    def _report_block(self, file: int, block: int, start: int, stop: int) -> None:
+        opened = self._opened
+        ids = opened.index.tensors_in_block(file, block, blocks=opened.blocks, begins=opened.begins)
+        names = ", ".join(opened.catalog.tensors[i].fqn for i in ids) or "the file's header"
+        message = f"block {block} (bytes {start} to {stop}) does not have its digest; holds {names}"
+        self._report(Problem(opened.file_key(file), "digest", message))
+
+    def _check_header(self, file: int) -> None:
+        data = self._read(file, 0, self._opened.catalog.files[file].header_bytes)
+        if data is None:
+            return
+        key = self._opened.file_key(file)
+        try:
+            found = parse_header(data, key)
+        except InvalidCheckpoint as error:
+            for problem in error.problems:
+                self._report(problem)
+            return
+        if not all(map(_is_chunk, found, self._expected(file))) or len(found) != len(
+            list(self._expected(file))
+        ):
+            message = "the header does not name the chunks that catalog and index say, in order"
+            self._report(Problem(key, "header", message))
+
+    def _expected(self, file: int) -> Iterator[ChunkHeader]:
+        index, tensors = self._opened.index, self._opened.catalog.tensors
+        for chunk in range(*index.file_bounds(file)):
+            entry = tensors[int(index.chunk_tensor[chunk])]
+            code = index.chunk_box[chunk]
+            ndim = len(entry.global_shape)
+            box = unpad_box(index.box_offsets[code], index.box_sizes[code], ndim)
+            yield ChunkHeader(entry.fqn, entry.dtype, box.sizes, box.offsets)
+
+    def _read(self, file: int, start: int, stop: int) -> memoryview | None:
+        key = self._opened.file_key(file)
+        memory = getattr(self._local, "memory", None)
+        if memory is None or len(memory) < stop - start:
+            memory = self._local.memory = np.empty(max(stop - start, READ_BYTES), np.uint8)
+        view: memoryview = memory[: stop - start].data
+        try:
+            self._store.read_into(key, [RangeRead(ByteRange(start, stop), view)])
+        except (KeyNotFound, ShortRead) as error:
+            message = f"bytes {start} to {stop} cannot be read: {error}"
+            self._report(Problem(key, "read", message))
+            return None
+        return view
+
+    def _report(self, problem: Problem) -> None:
+        with self._lock:
+            self.problems.append(problem)
+
+
+def _is_chunk(found: ChunkHeader, expected: ChunkHeader) -> bool:
+    """Whether a header's line is the chunk that the index places there."""
+    name, _, number = found.key.rpartition("#")
+    is_named = found.key == expected.key or (name == expected.key and number.isdecimal())
+    same_box = (found.sizes, found.offsets) == (expected.sizes, expected.offsets)
+    return is_named and found.dtype == expected.dtype and same_box
