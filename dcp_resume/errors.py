@@ -23,7 +23,7 @@
     │   ├── ReplicaMismatch                    assumed replicas hold different values
     │   └── IncompletePlan                     the ranks' plans do not tile every tensor
     ├── LoadError                              a load did not happen, or not wholly
-    │   ├── LoadRefused                        the checkpoint does not fit the state; nothing changed
+    │   ├── LoadRefused                        it does not fit the state; nothing was changed
     │   └── PartialLoad                        some tensors were written before a block failed
     ├── SaveError                              a save did not commit
     │   ├── RankErrors                         one or more ranks failed; each with its cause
@@ -45,6 +45,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from inspect import get_annotations
 from typing import Any
 
 __all__ = [
@@ -133,7 +134,7 @@ class DcpResumeError(Exception):
         names: dict[str, None] = {}
         for base in reversed(cls.__mro__):
             if issubclass(base, DcpResumeError):
-                names.update(dict.fromkeys(base.__dict__.get("__annotations__", {})))
+                names.update(dict.fromkeys(get_annotations(base)))
         return tuple(names)
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -264,7 +265,7 @@ class LoadRefused(LoadError):
 
 
 class PartialLoad(LoadError):
-    """Some tensors were already written when a block failed, and no older checkpoint covers them."""
+    """Some tensors were already written when a block failed, and no older checkpoint helps."""
 
     written_fqns: tuple[str, ...]
     """Tensors whose memory was changed, wholly or in part."""

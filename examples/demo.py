@@ -28,7 +28,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from s3_server import S3Server
 
@@ -76,7 +76,7 @@ def run_job(job: Job, url: str, directory: Path) -> Losses:
 
 
 @contextlib.contextmanager
-def torchrun(command: list[str], output: Any) -> Iterator[subprocess.Popen[bytes]]:  # noqa: ANN401
+def torchrun(command: list[str], output: IO[bytes]) -> Iterator[subprocess.Popen[bytes]]:
     """A torchrun that ends, with its ranks, when the block is left in any way."""
     process = subprocess.Popen(
         command,
@@ -155,8 +155,8 @@ def run_demo(args: argparse.Namespace, url: str, directory: Path) -> dict[str, A
     for job in jobs:
         losses[job.name] = run_job(job, url, directory)
         if job.is_killed:
-            torn = open_store(url).list(f"step-{killed_at:08d}/")
-            torn_files = [info.key for info in torn]
+            with contextlib.closing(open_store(url)) as store:
+                torn_files = [info.key for info in store.list(f"step-{killed_at:08d}/")]
     reference, killed, *resumed = losses.values()
     with CheckpointManager(url) as checkpoints:
         steps = checkpoints.steps()
@@ -173,7 +173,7 @@ def run_demo(args: argparse.Namespace, url: str, directory: Path) -> dict[str, A
         "is_bit_equal": before | resumed[-1] == reference and min(resumed[-1]) == source + 1,
         "max_difference": {
             job.name: max(abs(loss - reference[step]) for step, loss in got.items())
-            for job, got in zip(jobs[2:], resumed, strict=True)
+            for job, got in zip(jobs[2:-1], resumed[:-1], strict=True)
         },
     }
 
@@ -201,7 +201,7 @@ def print_report(facts: dict[str, Any]) -> None:
     equal = "bit for bit equal to" if facts["is_bit_equal"] else "NOT EQUAL to"
     print(f"Same mesh: the losses are {equal} the uninterrupted run's.")
     for name, difference in facts["max_difference"].items():
-        print(f"{name}: largest difference {difference:.1e}")
+        print(f"Other mesh, {name}: largest difference {difference:.1e}.")
     torn = len(facts["files_of_the_killed_save"])
     print(f"The killed save of step {killed_at} left {torn} files and no commit; no load saw them.")
 

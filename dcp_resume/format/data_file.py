@@ -1,4 +1,4 @@
-"""The header of a data file, and which chunk goes to which file.
+"""The header of a data file.
 
 A data file is a valid safetensors file: eight bytes of header length, a JSON header padded with
 spaces so that data begins at a multiple of 64, then the chunks end to end. The metadata
@@ -14,30 +14,15 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
-import numpy.typing as npt
-
 from dcp_resume.errors import InvalidDocument, Problem, summarise
 from dcp_resume.format.dtypes import DTYPES, RESERVED_KEY
 from dcp_resume.format.strict_json import load_strict
 from dcp_resume.manifest.values import Json
 
-__all__ = [
-    "MAX_FILES_PER_FQN",
-    "ChunkHeader",
-    "FileSplit",
-    "header_bytes",
-    "order_chunks",
-    "parse_header",
-    "split_files",
-]
+__all__ = ["ChunkHeader", "header_bytes", "parse_header"]
 
-MAX_FILES_PER_FQN = 4
-"""A rank with more chunks of one FQN puts them into ``.part`` files; see ``split_files``."""
 MAX_HEADER = 100_000_000
 """Longest JSON header that safetensors readers accept."""
-HEADER_TARGET = 90_000_000
-"""Estimated header length at which a new file is begun."""
 ALIGNMENT = 64
 LENGTH_BYTES = 8
 
@@ -214,72 +199,3 @@ def _read_entry(key: str, entry: Json, sharding: Json) -> tuple[int, int, ChunkH
     if end - begin != chunk.num_bytes:
         raise ValueError(f"expected {chunk.num_bytes} bytes, found {end - begin}")
     return begin, end, chunk
-
-
-def order_chunks(itemsizes: npt.ArrayLike) -> npt.NDArray[np.int64]:
-    """The order that keeps every chunk aligned to its element without gaps.
-
-    Args:
-        itemsizes: int[n], bytes of an element of each chunk.
-
-    Returns:
-        int64[n]: indices by descending itemsize; equal ones keep their order.
-    """
-    return np.argsort(-np.asarray(itemsizes, np.int64), kind="stable").astype(np.int64)
-
-
-@dataclass(frozen=True, slots=True)
-class FileSplit:
-    """Where each chunk of one rank and part goes."""
-
-    file: npt.NDArray[np.int64]
-    """int64[n]: number of the chunk's file, from 0. Chunks of a file keep their order."""
-    keys: tuple[str, ...]
-    """Key of each chunk in its file."""
-    is_part: npt.NDArray[np.bool_]
-    """bool[files]: whether the file's name ends in ``.safetensors.part``."""
-
-
-def split_files(fqns: Sequence[str], ndims: Sequence[int], is_part: npt.ArrayLike) -> FileSplit:
-    """Give each chunk of one rank and part a file and a key.
-
-    The n-th chunk of an FQN goes to file n, because a safetensors key is unique in its file. In
-    ``.part`` files, which no stock reader opens, keys are ``<fqn>#<n>`` and one file holds all.
-    A header that would grow too long continues in a further file.
-
-    Args:
-        fqns: FQN of each chunk, in the order of their bytes.
-        ndims: Dimensions of each chunk.
-        is_part: bool[n]. MUST be equal for all chunks of an FQN on every rank, and true where any
-            rank holds more than ``MAX_FILES_PER_FQN`` of them; else a stock load leaves holes.
-
-    Raises:
-        ValueError: More than ``MAX_FILES_PER_FQN`` chunks of an FQN that is not marked.
-    """
-    part = np.asarray(is_part, bool)
-    seen: dict[str, int] = {}
-    nth = np.empty(len(fqns), np.int64)
-    for position, fqn in enumerate(fqns):
-        nth[position] = seen[fqn] = seen.get(fqn, -1) + 1
-    crowded = sorted({fqns[int(i)] for i in np.flatnonzero((nth >= MAX_FILES_PER_FQN) & ~part)})
-    if crowded:
-        raise ValueError(f"more than {MAX_FILES_PER_FQN} chunks a rank go to .part: {crowded[:20]}")
-    keys = tuple(
-        f"{fqn}#{n}" if in_part else fqn
-        for fqn, n, in_part in zip(fqns, nth.tolist(), part.tolist(), strict=True)
-    )
-    group = np.where(part, MAX_FILES_PER_FQN, nth)
-    cost = np.array([_header_cost(key, ndim) for key, ndim in zip(keys, ndims, strict=True)])
-    overflow = np.zeros(len(fqns), np.int64)
-    for number in np.unique(group):
-        members = group == number
-        overflow[members] = (np.cumsum(cost[members]) - cost[members]) // HEADER_TARGET
-    file_id, file = np.unique(group * (overflow.max(initial=0) + 1) + overflow, return_inverse=True)
-    in_part = file_id >= MAX_FILES_PER_FQN * (overflow.max(initial=0) + 1)
-    return FileSplit(file.astype(np.int64), keys, in_part)
-
-
-def _header_cost(key: str, ndim: int) -> int:
-    """Upper bound of the header bytes of one chunk: names, two extents of 20 digits each, marks."""
-    once = _dump(key)
-    return len(once.encode()) + len(_dump(once).encode()) + 160 + 2 * 21 * (ndim + 1)

@@ -142,7 +142,7 @@ def _decode_other(tag: str, body: Json, where: str) -> object:
     if decoder is None:
         raise ValueError(f"{where}: unknown tag {tag!r}; a newer version may have written it")
 
-    def inner(item: Json) -> Any:  # noqa: ANN401 — what a decoder makes of it is its own affair
+    def inner(item: Json) -> Any:
         return decode_value(item, where=where, extension=_decode_other)
 
     try:

@@ -20,7 +20,7 @@ from dcp_resume.manifest.models import TensorEntry
 from dcp_resume.planning.plans import FilePlan
 from dcp_resume.planning.table import Table
 
-__all__ = ["FileLayout", "MAX_CHUNKS_A_NAME", "file_names", "lay_out_files"]
+__all__ = ["MAX_CHUNKS_A_NAME", "FileLayout", "file_names", "lay_out_files"]
 
 I64 = npt.NDArray[np.int64]
 
@@ -62,14 +62,15 @@ class FileLayout:
         file = (self.file[rows] - mine[0]).astype(np.int32)
         keys: list[list[str]] = [[] for _ in mine]
         for row, position in zip(rows.tolist(), file.tolist(), strict=True):
-            keys[position].append(self._key(row))
+            keys[position].append(self.key_of(row))
         files = tuple(
             FilePlan(self.names[f], self.parts[f], tuple(names))
             for f, names in zip(mine.tolist(), keys, strict=True)
         )
         return files, file, rows
 
-    def _key(self, row: int) -> str:
+    def key_of(self, row: int) -> str:
+        """Name of a chunk in its file."""
         fqn = self.fqns[int(self.chunks.tensor[row])]
         ordinal = int(self.ordinal[row])
         return fqn if ordinal < 0 else f"{fqn}#{ordinal}"

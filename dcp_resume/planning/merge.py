@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -35,7 +36,7 @@ __all__ = ["GlobalPlan", "merge"]
 I64 = npt.NDArray[np.int64]
 
 CUT_BYTES = 4 * 1024 * 1024
-"""A replicated chunk of this size or more is cut: below it a second file costs more than it saves."""
+"""A replicated chunk of this size or more is cut; below it one more chunk costs too much."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -266,7 +267,7 @@ def _deduplicate(
         _refuse_replicas(rows, wrong, leader, tensors)
     bounds = np.r_[starts, len(group)].tolist()
     ranks = rows.rank.tolist()
-    holders = [ranks[a:b] for a, b in zip(bounds[:-1], bounds[1:], strict=True)]
+    holders = [ranks[a:b] for a, b in pairwise(bounds)]
     return rows.take(starts), holders
 
 

@@ -41,7 +41,7 @@ class HeldBox:
 
 
 def _piece(runs: Sequence[Run], count: int, coordinate: int) -> list[Run]:
-    """The ``coordinate``-th of ``count`` pieces of the concatenated runs, as ``torch.chunk`` cuts."""
+    """The ``coordinate``-th of ``count`` pieces of the joined runs, as ``torch.chunk`` cuts."""
     total = sum(stop - start for start, stop in runs)
     width = max(1, math.ceil(total / count))
     first, last = min(coordinate * width, total), min((coordinate + 1) * width, total)

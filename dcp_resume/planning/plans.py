@@ -30,9 +30,9 @@ __all__ = ["FilePlan", "LocalPlan", "RankPlan", "local_plan", "pad_boxes", "unpa
 I64 = npt.NDArray[np.int64]
 
 PER_RANK_LEAVES = "~per-rank."
-"""FQN prefix of the tensor that holds a part's per-rank values; ``~`` starts no user's name here."""
+"""FQN prefix of the tensor that holds a part's per-rank values."""
 SHARED_LEAVES = "~leaves."
-"""FQN prefix of the tensor that holds a part's shared values, where they do not fit the manifest."""
+"""FQN prefix of the tensor that holds a part's shared values, if the manifest cannot."""
 
 _MAGIC = b"DCPRPLAN"
 _RANK_MAGIC = b"DCPRRANK"

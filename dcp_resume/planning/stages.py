@@ -41,7 +41,9 @@ def _inner_name(words: Sequence[str], by_name: Mapping[str, TensorEntry]) -> Ten
     return None
 
 
-def split_layers(tensors: Sequence[TensorEntry], num_stages: int, declared: Stages | None) -> Stages:
+def split_layers(
+    tensors: Sequence[TensorEntry], num_stages: int, declared: Stages | None
+) -> Stages:
     """Per stage its layers: as declared, else evenly, the first stages taking what is left over.
 
     Raises:

@@ -12,48 +12,62 @@ from dcp_resume.planning.state import part_of
 
 __all__ = ["merge_values"]
 
+Leaf = tuple[tuple[Any, ...], Any]
+"""Key path and encoded value."""
+
 MANIFEST_LEAF_BYTES = 64 * 1024
 
 
 def merge_values(
     plans: Sequence[LocalPlan],
-) -> tuple[dict[str, tuple[Any, Any]], dict[str, bytes], dict[str, int]]:
-    """Shared values: those for the manifest, those too many for it, and the count of each part."""
-    merged: dict[str, tuple[Any, Any]] = {}
+) -> tuple[dict[str, Leaf], dict[str, bytes], dict[str, int]]:
+    """Merge the shared values of all ranks.
+
+    Returns:
+        FQN → path and encoded value, of those that go into the manifest; FQN of a tensor → packed
+        values, of the parts that are too large for it; part → number of its values.
+
+    Raises:
+        ReplicaMismatch: A value differs between ranks, and nothing was declared.
+    """
+    merged = _unite(plans)
+    by_part: dict[str, dict[str, Leaf]] = {}
+    for fqn, leaf in merged.items():
+        by_part.setdefault(part_of(leaf[0]), {})[fqn] = leaf
+    packed = {part: pack_leaves(values) for part, values in by_part.items()}
+    inline: dict[str, bytes] = {}
+    left = sum(map(len, packed.values()))
+    for part in sorted(packed, key=lambda name: -len(packed[name])):
+        if left <= MANIFEST_LEAF_BYTES:
+            break
+        inline[SHARED_LEAVES + part] = packed[part]
+        left -= len(packed[part])
+        for fqn in by_part[part]:
+            del merged[fqn]
+    return merged, inline, {part: len(values) for part, values in by_part.items()}
+
+
+def _unite(plans: Sequence[LocalPlan]) -> dict[str, Leaf]:
+    merged: dict[str, Leaf] = {}
     holder: dict[str, int] = {}
     problems: list[Problem] = []
-    seen: set[bytes] = set()
-    for plan in plans:
-        if plan.values in seen:
-            continue
-        seen.add(plan.values)
-        for fqn, item in unpack_leaves(plan.values, f"plan of rank {plan.rank}").items():
+    # Ranks of one SPMD group send equal bytes: those are read once.
+    for plan in {plan.values: plan for plan in reversed(plans)}.values():
+        for fqn, leaf in unpack_leaves(plan.values, f"plan of rank {plan.rank}").items():
             if fqn not in merged:
-                merged[fqn], holder[fqn] = item, plan.rank
-            elif merged[fqn] != item:
+                merged[fqn], holder[fqn] = leaf, plan.rank
+            elif merged[fqn] != leaf:
                 message = f"rank {holder[fqn]} has {_short(merged[fqn])}, rank {plan.rank} has "
-                problems.append(Problem(fqn, "replica", message + _short(item)))
+                problems.append(Problem(fqn, "replica", message + _short(leaf)))
     if problems:
         raise ReplicaMismatch(
             f"values differ between ranks:\n{summarise(problems)}\n"
             f"declare them per_rank, or choose one by from_rank",
             problems=tuple(problems),
         )
-    by_part: dict[str, dict[str, Any]] = {}
-    for fqn, (path, value) in merged.items():
-        by_part.setdefault(part_of(path), {})[fqn] = (path, value)
-    num_values = {part: len(values) for part, values in by_part.items()}
-    packed = {part: pack_leaves(values) for part, values in by_part.items()}
-    inline: dict[str, bytes] = {}
-    for part in sorted(packed, key=lambda p: -len(packed[p])):
-        if sum(map(len, packed.values())) - sum(map(len, inline.values())) <= MANIFEST_LEAF_BYTES:
-            break
-        inline[SHARED_LEAVES + part] = packed[part]
-        for fqn in by_part[part]:
-            del merged[fqn]
-    return merged, inline, num_values
+    return merged
 
 
-def _short(item: tuple[Any, Any]) -> str:
+def _short(item: Leaf) -> str:
     text = repr(item[1])
     return text if len(text) <= 60 else text[:57] + "…"

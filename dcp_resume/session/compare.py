@@ -140,9 +140,11 @@ def compare_state(
             items.append(_missing(held.entry.fqn, held.entry.fqn in values, strictness))
         else:
             items.extend(_compare_entry(entry, held.entry))
-    for fqn in (*state.values, *state.per_rank_values):
-        if fqn not in values:
-            items.append(_missing(fqn, fqn in stored, strictness))
+    items.extend(
+        _missing(fqn, fqn in stored, strictness)
+        for fqn in (*state.values, *state.per_rank_values)
+        if fqn not in values
+    )
     wanted = {held.entry.fqn for held in state.tensors} | set(state.values)
     wanted |= set(state.per_rank_values)
     present = {fqn for fqn in (*stored, *values) if is_wanted(fqn)}

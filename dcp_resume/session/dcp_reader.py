@@ -67,7 +67,7 @@ class _TensorMetadata(dict[str, Any]):
         return found  # type: ignore[no-any-return]
 
     def get(self, fqn: str, default: Any = None) -> Any:
-        return self[fqn] if fqn in self else default
+        return self[fqn] if fqn in self else default  # noqa: SIM401 (this is what get is)
 
     def items(self) -> Any:
         return ((fqn, self[fqn]) for fqn in self)

@@ -1,4 +1,4 @@
-"""DCP's StorageWriter over one of our runs: ``dcp.save(state, storage_writer=Writer(url, step=n))``.
+"""DCP's StorageWriter over a run of ours: ``dcp.save(state, storage_writer=Writer(url, step=n))``.
 
 Two ways for the ranks to agree:
 

@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from importlib.metadata import version
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -80,7 +81,7 @@ def build_documents(
     identity: AttemptIdentity,
     facts: Facts,
     block_size: int,
-    late_values: Mapping[str, tuple[Any, Any]],
+    late_values: Mapping[str, tuple[Any, Any]] = MappingProxyType({}),
 ) -> Documents:
     """Describe what the ranks wrote.
 

@@ -1,4 +1,4 @@
-"""Errors as JSON, so that they travel between ranks with their type and facts, and without pickle."""
+"""Errors as JSON: they travel between ranks with type and facts, and without pickle."""
 
 from __future__ import annotations
 

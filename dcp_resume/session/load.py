@@ -40,7 +40,7 @@ from dcp_resume.session.values import StoredValue, own_box, read_values
 from dcp_resume.session.votes import Votes
 from dcp_resume.storage import ObjectStore
 
-__all__ = ["LoadOptions", "LoadResult", "Located", "LoadSession", "locate"]
+__all__ = ["LoadOptions", "LoadResult", "LoadSession", "Located", "locate"]
 
 
 @dataclass(frozen=True, slots=True)

@@ -51,7 +51,7 @@ class OpenedCheckpoint:
 
     @cached_property
     def header_bytes(self) -> npt.NDArray[np.int64]:
-        """``[files]``"""
+        """``[files]`` bytes before the first chunk."""
         return np.asarray([file.header_bytes for file in self.catalog.files], np.int64)
 
     @cached_property

@@ -18,7 +18,7 @@ from dcp_resume.planning.state import HeldTensor
 from dcp_resume.session.staging import BufferPool, StagedFile, borrow_chunks, stage_chunks
 from dcp_resume.storage import ObjectStore
 
-__all__ = ["RankReport", "ChunkSource", "RankSource", "StagedRank", "stage_rank", "write_rank"]
+__all__ = ["ChunkSource", "RankReport", "RankSource", "StagedRank", "stage_rank", "write_rank"]
 
 _REPORT_MAGIC = b"DCPRREPT"
 

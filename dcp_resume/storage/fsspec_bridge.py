@@ -118,24 +118,17 @@ def open_filesystem(url: str, storage_options: Mapping[str, Any]) -> tuple[FileS
     return cast("FileSystem", filesystem), str(path)
 
 
-def open_s3(storage_options: Mapping[str, Any], *, reuse_connections: bool = True) -> S3Calls:
+def open_s3(storage_options: Mapping[str, Any]) -> S3Calls:
     """Open S3 by s3fs, with lean requests and no retries below ours.
 
     Args:
         storage_options: As s3fs takes them; ``config_kwargs`` are laid over ours.
-        reuse_connections: Where false, every request has its own connection. aiohttp repeats a
-            PUT by itself, in silence, when a connection that was used before breaks: a create
-            could then happen without our knowing that an answer was lost.
 
     Raises:
         ConfigurationError: The options contradict each other.
     """
     options = dict(storage_options)
-    config = _config(options.get("config_kwargs", {}))
-    if not reuse_connections:
-        alone = {"force_close": True, "keepalive_timeout": None}
-        config["connector_args"] = {**config.get("connector_args", {}), **alone}
-    options["config_kwargs"] = config
+    options["config_kwargs"] = _config(options.get("config_kwargs", {}))
     try:
         filesystem = fsspec.filesystem("s3", **{**options, **_UNCACHED})
     except (TypeError, ValueError, KeyError) as error:
@@ -153,6 +146,7 @@ def _config(override: Mapping[str, Any]) -> dict[str, Any]:
         "read_timeout": 30,
         "max_pool_connections": 64,
         "retries": {"mode": "standard", "total_max_attempts": 1},
+        "http_session_cls": _without_hidden_retries(),
         # Our own checksum headers and TLS protect the bytes. Without the pair, botocore hashes
         # every payload with SHA-256, which costs more than the rest of the upload together.
         "request_checksum_calculation": "when_required",
@@ -161,6 +155,25 @@ def _config(override: Mapping[str, Any]) -> dict[str, Any]:
     }
     config["s3"] = {"payload_signing_enabled": False, **override.get("s3", {})}
     return config
+
+
+def _without_hidden_retries() -> type:
+    """Aiobotocore's HTTP session, without the repetition that aiohttp makes on its own.
+
+    aiohttp sends a PUT again, in silence, when the connection broke before the answer came. The
+    retry policy would not learn that an exclusive create may have happened, and would report the
+    refusal of the second as if nothing had.
+    """
+    from aiobotocore.httpsession import AIOHTTPSession
+
+    class Session(AIOHTTPSession):  # type: ignore[misc]  # untyped upstream
+        async def _get_session(self, proxy_url: str | None) -> Any:
+            session = await super()._get_session(proxy_url)
+            # Private, and without a public switch; a fault test counts the requests.
+            session._retry_connection = False
+            return session
+
+    return Session
 
 
 def run_on_loop(coroutine: Coroutine[Any, Any, T]) -> T:

@@ -32,7 +32,6 @@ class S3Client:
         self._url = url
         self._retry = retry
         self._calls = PerProcess(lambda: open_s3(storage_options))
-        self._calls_alone = PerProcess(lambda: open_s3(storage_options, reuse_connections=False))
         self._closed = False
 
     def operation(self, name: str, key: str, *, exclusive: bool = False) -> Operation:
@@ -95,13 +94,9 @@ class S3Client:
         Raises:
             StorageError: In whichever subclass fits.
         """
-        calls = self._calls_alone if operation.exclusive else self._calls
-        return await self.retrying(
-            operation, lambda: calls.get()(method, Bucket=self._bucket, **arguments)
-        )
+        return await self.retrying(operation, lambda: self.send(method, **arguments))
 
     def close(self) -> None:
         """Refuse further requests and let the connections go."""
         self._closed = True
         self._calls.drop()
-        self._calls_alone.drop()

@@ -106,7 +106,9 @@ def refused(refusal: Refusal, operation: Operation) -> StorageError | TransientF
     if codes & _EXISTS:
         return KeyExists(f"{what}. The key is taken, maybe by an earlier try", **facts)
     if codes & _NOT_APPLIED:
-        return TransientFault(str(refusal))
+        # Were the request sent twice below us (as aiohttp does by itself after a reset, unless told
+        # not to; proxies too), the refusal would answer the second, and the first may have worked.
+        return TransientFault(str(refusal), ambiguous=operation.exclusive)
     if refusal.status >= 500 or refusal.code in ("500", "InternalError"):
         return TransientFault(str(refusal), ambiguous=True)
     if refusal.code in _ABSENT:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -168,10 +169,8 @@ class S3Store:
 
     def _objects(self, prefix: str, start_after: str) -> Iterator[ObjectInfo]:
         operation = self._client.operation("list", prefix)
-        position = {}
-        name = start_after.removeprefix(prefix)
-        if prefix.endswith("/") and start_after.startswith(prefix) and name and "/" not in name:
-            position = {"StartAfter": self._root + start_after}
+        skip = _safe_start(prefix, start_after)
+        position = {"StartAfter": self._root + skip} if skip else {}
         found: list[ObjectInfo] = []
         while True:
             page = self._client.run(
@@ -187,8 +186,7 @@ class S3Store:
             if not page.get("IsTruncated"):
                 break
             position = {"ContinuationToken": page["NextContinuationToken"]}
-        # AWS sorts by whole keys, but SeaweedFS by directories ("a/x" before "a-b"). So the order
-        # is made here, and the server skips keys only inside one directory, where both agree.
+        # AWS sorts by whole keys, but SeaweedFS by directories ("a/x" before "a-b").
         yield from sorted(found, key=lambda info: info.key)
 
     def _delete_batch(self, keys: Sequence[str]) -> None:
@@ -255,3 +253,18 @@ def _error_of_one(operation: Operation, entry: Mapping[str, Any]) -> Exception:
     """Error for one key of a batch, which the server answers with status 200 as a whole."""
     code = str(entry.get("Code", ""))
     return refused(Refusal(code, 0, str(entry.get("Message", ""))), operation)
+
+
+def _safe_start(prefix: str, start_after: str) -> str:
+    """Where a server may begin to list, so that it skips no key above ``start_after``.
+
+    Servers that sort by directories (SeaweedFS) take "a/x" for smaller than "a-b" or "a.b", and
+    skip the directory "a" if told to start after "a". Cut before the first ``-``, ``.`` or ``/``
+    and one more character, a name is a safe start in either order: "log/000000000123.json" becomes
+    "log/00000000012". Empty where there is nothing to gain.
+    """
+    directory = prefix[: prefix.rfind("/") + 1]
+    if not start_after.startswith(directory):
+        return ""
+    stem = re.split("[-./]", start_after.removeprefix(directory), maxsplit=1)[0][:-1]
+    return directory + stem if stem else ""

@@ -144,7 +144,7 @@ def _arguments(directory: Path, port: int, others: list[int]) -> list[str]:
         f"-dir={directory}",
         "-master.telemetry=false",  # on by default, and leaves the machine
         "-master.volumeSizeLimitMB=64",
-        "-volume.max=100",
+        "-volume.max=1000",  # each bucket takes several; with none left, writes wait for ever
         "-filer",
         "-s3",
         f"-s3.config={config}",

@@ -11,9 +11,7 @@ from dcp_resume.errors import InvalidDocument
 from dcp_resume.format.data_file import (
     ChunkHeader,
     header_bytes,
-    order_chunks,
     parse_header,
-    split_files,
 )
 from dcp_resume.format.dtypes import DTYPES
 from dcp_resume.format.tensor_bytes import as_bytes
@@ -104,39 +102,9 @@ def test_hostile_headers_are_refused_with_all_problems(data, kinds):
     assert [problem.kind for problem in caught.value.problems] == kinds
 
 
-def test_wide_elements_come_first_and_stay_aligned():
-    assert order_chunks([1, 8, 2, 8, 4]).tolist() == [1, 3, 4, 2, 0]
-    assert order_chunks([]).tolist() == []
-
-
-def test_chunks_of_one_name_go_to_different_files():
-    split = split_files(["a", "b", "a", "c", "c", "a"], [1] * 6, [0, 0, 0, 1, 1, 0])
-    assert split.file.tolist() == [0, 0, 1, 3, 3, 2]
-    assert split.keys == ("a", "b", "a", "c#0", "c#1", "a")
-    assert split.is_part.tolist() == [False, False, False, True]
-    with pytest.raises(ValueError, match=r"\['a'\]"):
-        split_files(["a"] * 5, [1] * 5, [False] * 5)
-    assert split_files(["a"] * 5, [1] * 5, [True] * 5).file.tolist() == [0] * 5
-
-
-def test_a_header_too_long_continues_in_a_further_file(monkeypatch):
-    monkeypatch.setattr("dcp_resume.format.data_file.HEADER_TARGET", 1000)
-    names = [f"layer.{n}" for n in range(20)]
-    split = split_files(names, [2] * 20, [False] * 20)
-    assert split.file.tolist() == sorted(split.file.tolist())
-    assert len(split.is_part) > 2
-    for number in range(len(split.is_part)):
-        chunks = [
-            ChunkHeader(names[i], "int8", (9, 9), (0, 0))
-            for i in (split.file == number).nonzero()[0]
-        ]
-        assert len(header_bytes(chunks)) < 1500
-
-
 def write_file(path, chunks):
     """Write one file from (key, tensor, offsets)."""
-    order = order_chunks([tensor.element_size() for _, tensor, _ in chunks])
-    chunks = [chunks[i] for i in order]
+    chunks = sorted(chunks, key=lambda chunk: -chunk[1].element_size())
     heads = [
         ChunkHeader(key, str(t.dtype).removeprefix("torch."), tuple(t.shape), offsets)
         for key, t, offsets in chunks

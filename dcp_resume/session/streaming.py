@@ -1,0 +1,166 @@
+"""Write data files that nobody holds in memory: their bytes are read from another checkpoint.
+
+A file goes by in windows. Each window is filled by verified reads, digested, and handed to the
+store, which takes it before the next one is asked for, so that one buffer serves all.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from dcp_resume.errors import CorruptData, summarise
+from dcp_resume.format.data_file import ChunkHeader, header_bytes
+from dcp_resume.format.digests import block_bounds
+from dcp_resume.format.dtypes import ITEMSIZES
+from dcp_resume.format.streamed_digests import StreamedDigests
+from dcp_resume.manifest.boxes import Box
+from dcp_resume.manifest.models import TensorEntry
+from dcp_resume.planning.files import FileLayout
+from dcp_resume.planning.pieces import cut_box
+from dcp_resume.planning.plans import unpad_box
+from dcp_resume.session.opening import OpenedCheckpoint
+from dcp_resume.session.reading import read_targets
+from dcp_resume.session.targets import Target
+from dcp_resume.session.writing import RankReport
+from dcp_resume.storage import ObjectStore
+
+__all__ = ["FileStreamer"]
+
+
+@dataclass(frozen=True, slots=True)
+class _Chunk:
+    """One chunk of a file that is to be written."""
+
+    line: ChunkHeader
+    fqn: str
+    box: Box
+
+
+class FileStreamer:
+    """Streams the files of a layout from an opened checkpoint into a store.
+
+    Args:
+        source: Store of the opened checkpoint.
+        opened: Where the bytes come from.
+        window_bytes: Memory for the bytes in transit, beside that of the readers.
+        progress: Called with the bytes of each window that was handed on.
+    """
+
+    def __init__(
+        self,
+        source: ObjectStore,
+        opened: OpenedCheckpoint,
+        *,
+        window_bytes: int,
+        progress: Callable[[int], None],
+    ) -> None:
+        self._source = source
+        self._opened = opened
+        self._progress = progress
+        self._memory = np.empty(window_bytes, np.uint8).data
+        self._failure: BaseException | None = None
+        self.read_bytes = 0
+        """Bytes fetched so far."""
+
+    def write(
+        self,
+        layout: FileLayout,
+        tensors: Sequence[TensorEntry],
+        file: int,
+        target: ObjectStore,
+        key: str,
+        block_size: int,
+    ) -> RankReport:
+        """Write one file.
+
+        Args:
+            layout: Names the chunks.
+            tensors: Of the layout's catalog.
+            file: Which file of the layout.
+            target: Store to write to.
+            key: Key of the file.
+            block_size: Bytes of a digest block.
+
+        Raises:
+            CorruptData: A block of the source failed; the file was not written.
+            StorageError: Either store failed.
+        """
+        chunks = _chunks(layout, tensors, file)
+        header = header_bytes([chunk.line for chunk in chunks])
+        lengths = [chunk.line.num_bytes for chunk in chunks]
+        bounds = block_bounds(len(header), np.asarray(lengths, np.int64), block_size)
+        digests = StreamedDigests(bounds)
+        buffers = self._buffers(header, chunks, digests)
+        self._failure = None
+        try:
+            size = target.write(key, buffers, size=int(bounds[-1]))
+        except Exception:
+            # A fault of the source, on its way through the target's store, may have been renamed.
+            if self._failure is not None:
+                raise self._failure from None
+            raise
+        digest = digests.finish()
+        return RankReport(
+            sizes=np.asarray([size], np.int64),
+            header_sizes=np.asarray([len(header)], np.int64),
+            num_blocks=np.asarray([len(bounds) - 1], np.int64),
+            digests=np.frombuffer(digest, np.uint8).reshape(-1, 16),
+        )
+
+    def _buffers(
+        self, header: bytes, chunks: Sequence[_Chunk], digests: StreamedDigests
+    ) -> Iterator[memoryview]:
+        try:
+            digests.update(memoryview(header))
+            yield memoryview(header)
+            for targets in self._windows(chunks):
+                length = sum(len(target.memory) for target in targets)
+                self._fill(targets)
+                window = self._memory[:length]
+                digests.update(window)
+                yield window
+                self._progress(length)
+        except Exception as error:
+            self._failure = error
+            raise
+
+    def _windows(self, chunks: Sequence[_Chunk]) -> Iterator[list[Target]]:
+        """Pieces that fill the window one behind the other."""
+        targets: list[Target] = []
+        position = 0
+        for chunk in chunks:
+            itemsize = ITEMSIZES[chunk.line.dtype]
+            for box in cut_box(chunk.box, len(self._memory) // itemsize):
+                stop = position + box.volume * itemsize
+                if stop > len(self._memory):
+                    yield targets
+                    targets, position, stop = [], 0, stop - position
+                targets.append(Target(chunk.fqn, box, self._memory[position:stop], None, None))
+                position = stop
+        if position:
+            yield targets
+
+    def _fill(self, targets: Sequence[Target]) -> None:
+        outcome = read_targets(self._source, self._opened, targets)
+        self.read_bytes += outcome.num_bytes
+        if outcome.problems:
+            raise CorruptData(
+                f"the source {self._opened.prefix} is damaged; nothing was committed:\n"
+                f"{summarise(outcome.problems)}\nreshard another step",
+                problems=tuple(outcome.problems),
+            )
+
+
+def _chunks(layout: FileLayout, tensors: Sequence[TensorEntry], file: int) -> list[_Chunk]:
+    first, last = np.searchsorted(layout.file, [file, file + 1]).tolist()
+    chunks: list[_Chunk] = []
+    for row in range(first, last):
+        entry = tensors[int(layout.chunks.tensor[row])]
+        ndim = len(entry.global_shape)
+        box = unpad_box(layout.chunks.offsets[row], layout.chunks.sizes[row], ndim)
+        line = ChunkHeader(layout.key_of(row), entry.dtype, box.sizes, box.offsets)
+        chunks.append(_Chunk(line, entry.fqn, box))
+    return chunks
