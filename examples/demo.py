@@ -145,8 +145,7 @@ def make_jobs(steps: int, interval: int, killed_at: int) -> list[Job]:
 def run_demo(args: argparse.Namespace, url: str, directory: Path) -> dict[str, Any]:
     """Run the jobs, and gather what they prove."""
     # Here and not above: --help and a missing S3 server should not wait for torch.
-    from dcp_resume.manager.checkpoint_manager import CheckpointManager
-    from dcp_resume.storage import open_store
+    from dcp_resume import CheckpointManager, open_store
 
     killed_at = (args.steps - 1) // args.save_interval * args.save_interval
     jobs = make_jobs(args.steps, args.save_interval, killed_at)
@@ -212,14 +211,10 @@ def compared(loss: float | None, reference: float) -> str:
     return f"{loss:.9f} " + ("=" if loss == reference else f"{loss - reference:+.1e}")
 
 
-def list_checkpoints(facts: dict[str, Any]) -> None:
-    """What the run holds at the end, by the operator's own tool where it is installed."""
-    print(f"\nCheckpoints of {facts['run']}:", flush=True)
-    if importlib.util.find_spec("dcp_resume.cli.main") is None:
-        print("  steps " + ", ".join(map(str, facts["checkpoints"])))
-        return
-    command = [sys.executable, "-m", "dcp_resume.cli.main", "ls", facts["run"]]
-    subprocess.run(command, check=True)
+def list_checkpoints(url: str) -> None:
+    """What the run holds at the end, by the operator's own tool."""
+    print(f"\n$ dcp-resume ls {url}", flush=True)
+    subprocess.run([sys.executable, "-m", "dcp_resume", "ls", url], check=True)
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -257,7 +252,7 @@ def main() -> int:
             print(json.dumps(facts, indent=1))
         else:
             print_report(facts)
-            list_checkpoints(facts)
+            list_checkpoints(url)
             print(f"\n{time.monotonic() - started:.0f} s. What the ranks said: {directory}/*.out")
     return 0 if facts["is_bit_equal"] else 1
 

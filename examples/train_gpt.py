@@ -34,10 +34,8 @@ from torch.distributed.tensor.parallel import (
     parallelize_module,
 )
 
+from dcp_resume import CheckpointManager, SaveMode, Settings, TrainerState
 from dcp_resume.events import Event, StepReached, subscribe
-from dcp_resume.manager.checkpoint_manager import CheckpointManager
-from dcp_resume.manager.settings import SaveMode, Settings
-from dcp_resume.manager.trainer_state import TrainerState
 
 SHAPE = Shape()
 WARMUP_STEPS = 10

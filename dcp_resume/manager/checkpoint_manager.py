@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from types import TracebackType
 from typing import Any, Literal, Self
@@ -12,18 +12,18 @@ from dcp_resume.errors import (
     CheckpointNotFound,
     ConfigurationError,
     InvalidCheckpoint,
-    LoadRefused,
     PartialLoad,
     SaveInProgress,
+    UnsupportedFormat,
 )
 from dcp_resume.events import CheckpointSkipped, SaveFailed, emit
 from dcp_resume.manager.pending import PendingSave
 from dcp_resume.manager.settings import SaveMode, Settings, WhenBusy
-from dcp_resume.manager.stateful import bind_state
+from dcp_resume.manager.stateful import Bound, bind_state
 from dcp_resume.manager.trainer_state import TrainerState
 from dcp_resume.manifest.history import CommitEntry, RunHistory
 from dcp_resume.manifest.models import TrainerFacts
-from dcp_resume.planning.state import describe_state
+from dcp_resume.planning.state import LocalState, describe_state
 from dcp_resume.session.attempt import Run
 from dcp_resume.session.commit import quarantine
 from dcp_resume.session.documents import Facts
@@ -123,10 +123,11 @@ class CheckpointManager:
             declarations=self.settings.declarations,
         )
         is_blocking = self.settings.mode is SaveMode.BLOCKING
-        session.stage(bind_state(state).state_dict(), None if is_blocking else self._pool)
+        pool = None if is_blocking else self._pool
+        session.stage(lambda: bind_state(state).state_dict(), pool)
         if is_blocking:
             future: Future[SaveResult] = Future()
-            future.set_result(session.finish())
+            future.set_result(_finish(session, step))
         else:
             future = self._background.submit(_finish, session, step)
         self._pending = PendingSave(step, future)
@@ -208,6 +209,7 @@ class CheckpointManager:
             CheckpointNotFound: ``best`` or a step was asked and is not there.
             LoadRefused: It does not fit the state; nothing changed.
             InvalidCheckpoint: The asked step is damaged, or no older checkpoint is whole.
+            UnsupportedFormat: A newer version wrote it; it is left as it is.
             PartialLoad: Tensors had changed, and no older checkpoint covers them.
             StorageError: The store failed.
         """
@@ -229,11 +231,14 @@ class CheckpointManager:
             )
             try:
                 return self._load(located, state, self.settings.load, changed)
+            except UnsupportedFormat:
+                raise  # not damaged: another version of this library can read it
             except (InvalidCheckpoint, PartialLoad) as error:
                 if step != "latest":
                     raise
-                failure = error
                 changed.update(getattr(error, "written_fqns", ()))
+                if failure is None or not isinstance(failure, PartialLoad):
+                    failure = error
                 self._skip(source, error)
 
     def close(self) -> None:
@@ -274,17 +279,27 @@ class CheckpointManager:
         pending = self._pending
         if pending is None:
             return
-        if not pending.is_done and self.settings.when_busy is WhenBusy.REFUSE:
-            raise SaveInProgress(
-                f"cannot save step {step}: step {pending.step} is still being written; save less "
-                f"often, or set when_busy=WhenBusy.WAIT",
-                step=step,
-                running_step=pending.step,
-            )
+        if self.settings.when_busy is WhenBusy.REFUSE:
+            self._refuse_if_busy(step, pending)
         self._pending = None
         if not pending.is_done:
             pending.result()
         pending.raise_unseen()
+
+    def _refuse_if_busy(self, step: int, pending: PendingSave) -> None:
+        """Ranks learn of an outcome one after the other, so they decide together."""
+
+        def decide(ballots: Sequence[bytes]) -> list[bytes]:
+            if b"busy" in ballots:
+                raise SaveInProgress(
+                    f"cannot save step {step}: step {pending.step} is still being written; save "
+                    f"less often, or set when_busy=WhenBusy.WAIT",
+                    step=step,
+                    running_step=pending.step,
+                )
+            return [b""] * len(ballots)
+
+        self._votes(step).round("busy", lambda: b"" if pending.is_done else b"busy", decide)
 
     def _find(self, history: RunHistory, step: Request) -> CommitEntry:
         if step == "latest":
@@ -330,19 +345,21 @@ class CheckpointManager:
                 written_fqns=tuple(uncovered),
                 problems=(),
             )
-        bound = bind_state(state)
+        bounds: list[Bound] = []
+
+        def describe() -> LocalState:
+            bounds.append(bind_state(state, options.parts))
+            return describe_state(bounds[0].state_dict(), self.settings.declarations)
+
         try:
-            described = describe_state(bound.state_dict(), self.settings.declarations)
-            report = session.compare(described)
-        except LoadRefused:
-            bound.undo()
+            report = session.compare(describe)
+        except Exception:
+            for bound in bounds:
+                bound.undo()
             raise
-        result = session.read(described, report)
-        paths = {
-            fqn: path
-            for fqn, (path, _) in (*described.values.items(), *described.per_rank_values.items())
-        }
-        bound.apply(result.values, paths)
+        result = session.read(report)
+        leaves = {**session.state.values, **session.state.per_rank_values}
+        bounds[0].apply(result.values, {fqn: path for fqn, (path, _) in leaves.items()})
         return result
 
     def _skip(self, source: int, error: InvalidCheckpoint | PartialLoad) -> None:

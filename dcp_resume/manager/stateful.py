@@ -140,34 +140,44 @@ def _set_path(state: Any, path: Sequence[Any], value: object) -> None:
     state[keys[-1]] = value
 
 
-def bind_state(state: Mapping[str, Any]) -> Bound:
+def bind_state(state: Mapping[str, Any], parts: Sequence[str] | None = None) -> Bound:
     """Recognise modules, lists of modules, optimizers and Statefuls among the values.
 
     An optimizer belongs to the model of the state; with several model parts hand in as many
     optimizers, in the same order.
 
+    Args:
+        state: What the trainer holds.
+        parts: Top-level keys to bind, for all; the others are not asked for their state.
+
     Raises:
-        ConfigurationError: An optimizer without a model, or counts that differ.
+        ConfigurationError: An optimizer without a model, counts that differ, or an unknown part.
     """
+    unknown = sorted(set(parts or ()) - state.keys())
+    if unknown:
+        raise ConfigurationError(
+            f"parts {unknown} are not in the state, which has {sorted(state)}", option="parts"
+        )
     models = {key: value for key, value in state.items() if _all_are(value, Module)}
     sources: dict[str, Stateful] = {}
     for key, value in state.items():
         if key in models:
             sources[key] = _Models(key, _as_list(value))
         elif _all_are(value, Optimizer):
-            parts = [part for model in models.values() for part in _as_list(model)]
+            modules = [part for model in models.values() for part in _as_list(model)]
             optimizers = _as_list(value)
-            if len(parts) != len(optimizers):
+            if len(modules) != len(optimizers):
                 raise ConfigurationError(
-                    f"state[{key!r}] has {len(optimizers)} optimizer(s) for {len(parts)} model "
+                    f"state[{key!r}] has {len(optimizers)} optimizer(s) for {len(modules)} model "
                     f"part(s); names of optimizer state come from the model: put the model into "
                     f"the state, one optimizer a part, in the same order",
                     option=key,
                 )
-            sources[key] = _Optimizers(key, list(zip(parts, optimizers, strict=True)))
+            sources[key] = _Optimizers(key, list(zip(modules, optimizers, strict=True)))
         elif isinstance(value, Stateful) and not isinstance(value, Mapping):
             sources[key] = value
-    return Bound(state, sources)
+    chosen = {key: value for key, value in state.items() if parts is None or key in parts}
+    return Bound(chosen, {key: source for key, source in sources.items() if key in chosen})
 
 
 def _as_list(value: Any) -> list[Any]:

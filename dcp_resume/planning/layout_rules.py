@@ -194,8 +194,12 @@ class LayoutRules:
         return layout
 
 
-def _is_index(value: Any) -> bool:  # noqa: ANN401 - JSON
+def _is_index(value: Any) -> bool:
     return type(value) is int and value >= 0
+
+
+def _is_layers(value: object) -> bool:
+    return isinstance(value, list) and all(map(_is_index, value))
 
 
 def _read_rules(items: object, faults: list[str]) -> Iterator[TensorRule]:
@@ -236,8 +240,7 @@ def _read_names(value: object, faults: list[str]) -> list[str]:
 def _read_stages(value: object, faults: list[str]) -> tuple[tuple[int, ...], ...] | None:
     if value is None:
         return None
-    is_lists = isinstance(value, list) and all(isinstance(layers, list) for layers in value)
-    if isinstance(value, list) and is_lists and all(map(_is_index, sum(value, []))):
+    if isinstance(value, list) and all(map(_is_layers, value)):
         return tuple(map(tuple, value))
     faults.append(f"stages: expected a list of lists of layers, found {value!r:.80}")
     return None

@@ -14,7 +14,7 @@ from enum import Enum, IntEnum
 
 from dcp_resume.manifest.models import TensorEntry
 from dcp_resume.planning.plans import PER_RANK_LEAVES, SHARED_LEAVES
-from dcp_resume.planning.state import LocalState
+from dcp_resume.planning.state import LocalState, part_of
 from dcp_resume.session.opening import OpenedCheckpoint
 
 __all__ = ["LoadReport", "ReportItem", "Severity", "Strictness", "compare_state"]
@@ -140,17 +140,28 @@ def compare_state(
             items.append(_missing(held.entry.fqn, held.entry.fqn in values, strictness))
         else:
             items.extend(_compare_entry(entry, held.entry))
-    items.extend(
-        _missing(fqn, fqn in stored, strictness)
-        for fqn in (*state.values, *state.per_rank_values)
-        if fqn not in values
-    )
+    kept = _parts_kept(opened, world_size)
+    absent = [fqn for fqn in state.values if fqn not in values]
+    absent += [
+        fqn
+        for fqn, (path, _) in state.per_rank_values.items()
+        if fqn not in values and part_of(path) not in kept
+    ]
+    items.extend(_missing(fqn, fqn in stored, strictness) for fqn in absent)
     wanted = {held.entry.fqn for held in state.tensors} | set(state.values)
     wanted |= set(state.per_rank_values)
     present = {fqn for fqn in (*stored, *values) if is_wanted(fqn)}
     items.extend(_unexpected(sorted(present - wanted), strictness))
     items.extend(_compare_topology(opened, world_size))
     return LoadReport(opened.manifest.step, tuple(items))
+
+
+def _parts_kept(opened: OpenedCheckpoint, world_size: int) -> set[str]:
+    """Parts whose per-rank values belong to another number of ranks: every rank keeps its own."""
+    if opened.manifest.topology.world_size == world_size:
+        return set()
+    names = (entry.fqn for entry in opened.catalog.tensors)
+    return {n.removeprefix(PER_RANK_LEAVES) for n in names if n.startswith(PER_RANK_LEAVES)}
 
 
 def _missing(fqn: str, is_other_kind: bool, strictness: Strictness) -> ReportItem:

@@ -96,10 +96,13 @@ class Writer(StorageWriter):
 
     # Staging, in the thread that called ``async_save``.
 
+    _synchronize_after_execute = False
+    """DCP takes an object for a stager only if it has this member of its protocol."""
+
     @property
     def should_synchronize_after_execute(self) -> bool:
         """Nothing is left to wait for: ``stage`` returns when the copy is complete."""
-        return False
+        return self._synchronize_after_execute
 
     def stage(self, state_dict: dict[str, Any]) -> dict[str, Any]:
         """Agree and copy the state into host buffers, before ``async_save`` returns.

@@ -15,13 +15,14 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from dcp_resume import errors
 from dcp_resume.errors import (
     CorruptData,
     DcpResumeError,
     InvalidCheckpoint,
+    InvalidDocument,
     LoadRefused,
     PartialLoad,
     Problem,
@@ -32,7 +33,13 @@ from dcp_resume.format.leaves import decode_leaf
 from dcp_resume.manifest.history import CommitEntry
 from dcp_resume.manifest.models import DocumentRef
 from dcp_resume.planning.state import LocalState
-from dcp_resume.session.compare import LoadReport, Severity, Strictness, compare_state
+from dcp_resume.session.compare import (
+    LoadReport,
+    ReportItem,
+    Severity,
+    Strictness,
+    compare_state,
+)
 from dcp_resume.session.opening import OpenedCheckpoint, check_files, open_checkpoint
 from dcp_resume.session.reading import ReadOutcome, read_targets
 from dcp_resume.session.targets import Apply, Target, settle, target_of
@@ -51,7 +58,7 @@ class LoadOptions:
     """Of missing and unexpected names."""
     apply: Apply = Apply.IN_PLACE
     parts: tuple[str, ...] | None = None
-    """Parts to load; None for all that the state has."""
+    """Parts to load, the others left alone; None to expect every part of the checkpoint."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -124,12 +131,20 @@ class LoadSession:
         self._started = time.monotonic()
         self._opened: OpenedCheckpoint | None = None
         self._values: dict[str, StoredValue] = {}
+        self._state: LocalState | None = None
+        self._decoded: dict[str, object] = {}
 
     @property
     def opened(self) -> OpenedCheckpoint:
         """The documents; known after ``open``."""
         assert self._opened is not None
         return self._opened
+
+    @property
+    def state(self) -> LocalState:
+        """The state that the checkpoint is loaded into; known after ``compare``."""
+        assert self._state is not None
+        return self._state
 
     def open(self) -> None:
         """Step 2.
@@ -158,20 +173,25 @@ class LoadSession:
 
         self._votes.round("open", work, _refuse_invalid)
 
-    def compare(self, state: LocalState) -> LoadReport:
+    def compare(self, describe: Callable[[], LocalState]) -> LoadReport:
         """Step 3.
+
+        Args:
+            describe: Returns this rank's state; what it raises is told to all ranks.
 
         Raises:
             LoadRefused: The checkpoint does not fit some rank's state; nothing has changed.
+            RankErrors: A rank's state cannot be described.
             RankSilent: A rank did not answer by the deadline.
         """
         parts = self._options.parts
 
         def work() -> bytes:
+            self._state = describe()
             part_of = {entry.fqn: entry.part for entry in self.opened.catalog.tensors}
             report = compare_state(
                 self.opened,
-                state,
+                self._state,
                 self._values,
                 world_size=self._votes.world_size,
                 strictness=self._options.strictness,
@@ -179,7 +199,7 @@ class LoadSession:
                     parts is None or part_of.get(fqn, fqn.split(".", 1)[0]) in parts
                 ),
             )
-            return report.to_bytes()
+            return replace(report, items=(*report.items, *self._decode_values())).to_bytes()
 
         def decide(ballots: Sequence[bytes]) -> list[bytes]:
             report = LoadReport.united([LoadReport.from_bytes(ballot) for ballot in ballots])
@@ -196,7 +216,19 @@ class LoadSession:
 
         return LoadReport.from_bytes(self._votes.round("compare", work, decide))
 
-    def read(self, state: LocalState, report: LoadReport) -> LoadResult:
+    def _decode_values(self) -> list[ReportItem]:
+        """Decode what the state wants while nothing has changed yet; returns what cannot be."""
+        faults: list[ReportItem] = []
+        for fqn in (*self.state.values, *self.state.per_rank_values):
+            if fqn not in self._values:
+                continue
+            try:
+                self._decoded[fqn] = decode_leaf(self._values[fqn][1], fqn)
+            except InvalidDocument as error:
+                faults.append(ReportItem(Severity.REFUSE, "leaf", fqn, str(error)))
+        return faults
+
+    def read(self, report: LoadReport) -> LoadResult:
         """Steps 4 and 5.
 
         Raises:
@@ -205,7 +237,7 @@ class LoadSession:
             RankErrors: A rank failed otherwise.
             RankSilent: A rank did not answer by the deadline.
         """
-        targets = self._targets(state)
+        targets = self._targets(self.state)
         outcomes: list[ReadOutcome] = []
 
         def work() -> bytes:
@@ -214,11 +246,6 @@ class LoadSession:
 
         self._votes.round("read", work, self._judge)
         settle(targets)
-        values = {
-            fqn: decode_leaf(self._values[fqn][1], fqn)
-            for fqn in (*state.values, *state.per_rank_values)
-            if fqn in self._values
-        }
         duration = time.monotonic() - self._started
         emit(
             LoadFinished(
@@ -233,7 +260,7 @@ class LoadSession:
             step=report.step,
             seq=self._located.seq,
             report=report,
-            values=values,
+            values=self._decoded,
             read_bytes=outcomes[0].num_bytes,
             needed_bytes=outcomes[0].needed_bytes,
             duration_s=duration,

@@ -18,8 +18,16 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from dcp_resume.errors import ConfigurationError, LoadRefused, Problem, StorageError, summarise
-from dcp_resume.format.digests import choose_block_size, digest_hex
+from dcp_resume.errors import (
+    CommitUnknown,
+    ConfigurationError,
+    DcpResumeError,
+    LoadRefused,
+    Problem,
+    StorageError,
+    summarise,
+)
+from dcp_resume.format.digests import choose_block_size
 from dcp_resume.format.dtypes import ITEMSIZES
 from dcp_resume.manifest.boxes import Box
 from dcp_resume.manifest.history import RunHistory
@@ -30,17 +38,17 @@ from dcp_resume.manifest.keys import (
     attempt_prefix,
     new_attempt_id,
 )
-from dcp_resume.manifest.models import DocumentRef, Manifest
+from dcp_resume.manifest.models import Manifest
 from dcp_resume.planning.layout_rules import LayoutRules, TargetMesh
 from dcp_resume.planning.layouts import Kept, StoredState, TargetLayout, plan_layout
 from dcp_resume.planning.plans import unpad_box
-from dcp_resume.session.commit import Committed, choose_newest, commit
-from dcp_resume.session.documents import AttemptIdentity, Facts, build_documents
+from dcp_resume.session.attempt import Attempt
+from dcp_resume.session.commit import Committed, choose_newest
+from dcp_resume.session.documents import AttemptIdentity, Facts
 from dcp_resume.session.load import Located
 from dcp_resume.session.opening import OpenedCheckpoint, open_checkpoint
 from dcp_resume.session.ownership import own_run
 from dcp_resume.session.run_log import RunLog
-from dcp_resume.session.save import Run
 from dcp_resume.session.streaming import FileStreamer
 from dcp_resume.session.votes import LonelyVotes
 from dcp_resume.session.writing import RankReport
@@ -122,27 +130,28 @@ def reshard(
     log = RunLog(target)
     log.refresh()
     check_exclusive_create(target, f"probe/{new_attempt_id()}/")
-    step, attempt = opened.manifest.step, new_attempt_id()
-    prefix = attempt_prefix(step, attempt)
-    keys = [prefix + name for name in layout.plan.layout.names]
-    attempted = _Attempt(source, opened, target, layout, prefix, options)
+    written = _Written(opened.manifest, target, layout)
     try:
-        report = attempted.write_files()
-        run = own_run(target, log, LonelyVotes(), _chooser(opened.manifest), is_probed=True)
-        manifest = attempted.write_documents(run, attempt, report)
+        report, read_bytes = written.write_files(source, opened, options)
     except BaseException:
-        _remove(target, [*keys, *(prefix + n for n in (INDEX_NAME, CATALOG_NAME, MANIFEST_NAME))])
+        written.remove()
         raise
-    committed = _commit(run, opened.manifest, attempt, manifest, attempted)
+    try:
+        committed = written.commit(log, report)
+    except CommitUnknown:
+        raise
+    except DcpResumeError:
+        written.remove()
+        raise
     return ReshardResult(
-        step=step,
+        step=committed.record.step,
         seq=committed.seq,
-        generation=run.opened.generation,
-        prefix=prefix,
+        generation=committed.record.generation,
+        prefix=written.prefix,
         world_size=mesh.world_size,
-        num_files=len(keys),
+        num_files=len(layout.plan.layout.names),
         num_bytes=committed.record.num_bytes,
-        read_bytes=attempted.read_bytes,
+        read_bytes=read_bytes,
         kept=layout.kept,
         dropped=layout.dropped,
         duration_s=time.monotonic() - started,
@@ -200,117 +209,73 @@ def _chooser(manifest: Manifest) -> Callable[[RunHistory], int | None]:
     return choose
 
 
-def _remove(store: ObjectStore, keys: Sequence[str]) -> None:
-    """Take back an attempt that was never offered to the log; what fails stays as litter."""
-    with suppress(StorageError):
-        store.delete(keys)
+def _joined(reports: Sequence[RankReport]) -> RankReport:
+    """One report of all files, in their order."""
+    none = np.zeros(0, np.int64)
+    return RankReport(
+        sizes=np.concatenate([none, *(r.sizes for r in reports)]),
+        header_sizes=np.concatenate([none, *(r.header_sizes for r in reports)]),
+        num_blocks=np.concatenate([none, *(r.num_blocks for r in reports)]),
+        digests=np.concatenate([np.zeros((0, 16), np.uint8), *(r.digests for r in reports)]),
+    )
 
 
-class _Attempt:
-    """The files and documents of one attempt."""
+class _Written:
+    """The files of one attempt."""
 
-    def __init__(
-        self,
-        source: ObjectStore,
-        opened: OpenedCheckpoint,
-        target: ObjectStore,
-        layout: TargetLayout,
-        prefix: str,
-        options: ReshardOptions,
-    ) -> None:
-        self._opened = opened
+    def __init__(self, source: Manifest, target: ObjectStore, layout: TargetLayout) -> None:
+        self._source = source
         self._target = target
         self._layout = layout
-        self._prefix = prefix
-        self._options = options
-        self._done = 0
+        self._attempt = new_attempt_id()
+        self.prefix = attempt_prefix(source.step, self._attempt)
         chunks, tensors = layout.plan.layout.chunks, layout.plan.tensors
         itemsize = np.asarray([ITEMSIZES[entry.dtype] for entry in tensors] or [1], np.int64)
-        self._total = int((chunks.sizes.prod(axis=1) * itemsize[chunks.tensor]).sum())
-        self._block_size = choose_block_size(self._total)
-        self._streamer = FileStreamer(
-            source,
-            opened,
-            window_bytes=max(1, min(options.window_bytes, self._total)),
-            progress=self._advance,
-        )
-        self.planned_at = 0
-        self.parent: int | None = None
-        self.num_bytes = 0
+        self._num_bytes = int((chunks.sizes.prod(axis=1) * itemsize[chunks.tensor]).sum())
+        self._block_size = choose_block_size(self._num_bytes)
 
-    @property
-    def read_bytes(self) -> int:
-        """Bytes fetched from the source."""
-        return self._streamer.read_bytes
+    def write_files(
+        self, source: ObjectStore, opened: OpenedCheckpoint, options: ReshardOptions
+    ) -> tuple[RankReport, int]:
+        """Step 3. Returns also the bytes fetched."""
+        done = 0
 
-    def write_files(self) -> RankReport:
-        """Step 3."""
-        plan = self._layout.plan
-        self._target.prepare(self._prefix)
+        def advance(num_bytes: int) -> None:
+            nonlocal done
+            done += num_bytes
+            options.progress(done, self._num_bytes)
+
+        window_bytes = max(1, min(options.window_bytes, self._num_bytes))
+        streamer = FileStreamer(source, opened, window_bytes=window_bytes, progress=advance)
+        self._target.prepare(self.prefix)
+        layout, tensors = self._layout.plan.layout, self._layout.plan.tensors
         reports = [
-            self._streamer.write(
-                plan.layout, plan.tensors, file, self._target, self._prefix + name, self._block_size
+            streamer.write(
+                layout, tensors, file, self._target, self.prefix + name, self._block_size
             )
-            for file, name in enumerate(plan.layout.names)
+            for file, name in enumerate(layout.names)
         ]
-        empty = np.zeros(0, np.int64)
-        return RankReport(
-            sizes=np.concatenate([empty, *(r.sizes for r in reports)]),
-            header_sizes=np.concatenate([empty, *(r.header_sizes for r in reports)]),
-            num_blocks=np.concatenate([empty, *(r.num_blocks for r in reports)]),
-            digests=np.concatenate([np.zeros((0, 16), np.uint8), *(r.digests for r in reports)]),
-        )
+        return _joined(reports), streamer.read_bytes
 
-    def write_documents(self, run: Run, attempt: str, report: RankReport) -> DocumentRef:
-        """Step 4, up to the commit."""
-        history = run.log.refresh()
+    def commit(self, log: RunLog, report: RankReport) -> Committed:
+        """Step 4."""
+        run = own_run(self._target, log, LonelyVotes(), _chooser(self._source), is_probed=True)
+        history, source = run.log.refresh(), self._source
         newest = history.newest()
-        self.planned_at, self.parent = history.last_seq, newest.seq if newest else None
-        facts = self._opened.manifest
-        documents = build_documents(
-            self._layout.plan,
-            [report],
-            AttemptIdentity(
-                run=str(history.run),
-                step=facts.step,
-                attempt=attempt,
-                generation=run.opened.generation,
-                parent=self.parent,
-                resume_source=run.opened.resume_source,
-            ),
-            Facts(facts.trainer, facts.model, facts.optimizer, self._layout.stages),
-            self._block_size,
+        identity = AttemptIdentity(
+            run=str(history.run),
+            step=source.step,
+            attempt=self._attempt,
+            generation=run.opened.generation,
+            parent=newest.seq if newest else None,
+            resume_source=run.opened.resume_source,
         )
-        self.num_bytes = documents.manifest.counts.num_bytes
-        for name, data in (
-            (INDEX_NAME, documents.index_bytes),
-            (CATALOG_NAME, documents.catalog_bytes),
-            (MANIFEST_NAME, documents.manifest_bytes),
-        ):
-            self._target.write(self._prefix + name, [memoryview(data)])
-        return DocumentRef(
-            key=self._prefix + MANIFEST_NAME,
-            size=len(documents.manifest_bytes),
-            digest=digest_hex(documents.manifest_bytes),
-        )
+        attempt = Attempt(run, identity, self._layout.plan, history.last_seq, self._block_size)
+        facts = Facts(source.trainer, source.model, source.optimizer, self._layout.stages)
+        return attempt.commit([report], facts)
 
-    def _advance(self, num_bytes: int) -> None:
-        self._done += num_bytes
-        self._options.progress(self._done, self._total)
-
-
-def _commit(
-    run: Run, source: Manifest, attempt: str, manifest: DocumentRef, attempted: _Attempt
-) -> Committed:
-    return commit(
-        run.log,
-        generation=run.opened.generation,
-        step=source.step,
-        attempt=attempt,
-        manifest=manifest,
-        parent=attempted.parent,
-        references=(),
-        planned_at=attempted.planned_at,
-        num_bytes=attempted.num_bytes,
-        trainer=source.trainer,
-    )
+    def remove(self) -> None:
+        """Take back an attempt that certainly did not commit; what fails stays as litter."""
+        names = (*self._layout.plan.layout.names, INDEX_NAME, CATALOG_NAME, MANIFEST_NAME)
+        with suppress(StorageError):
+            self._target.delete([self.prefix + name for name in names])

@@ -21,7 +21,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -91,6 +91,7 @@ class SaveSession:
         self._started = time.monotonic()
         self._order: RankOrder | None = None  # known after step 1
         self._staged: StagedRank | None = None  # known after step 2
+        self._failure: Exception | None = None  # of step 2, told to all ranks in step 4
         self._attempt: Attempt | None = None  # known after step 1, on the coordinator
 
     @property
@@ -98,11 +99,16 @@ class SaveSession:
         """Bytes that this rank writes; known after ``stage``."""
         return self._staged.num_bytes if self._staged else 0
 
-    def stage(self, state: Mapping[str, Any], pool: BufferPool | None) -> None:
+    def stage(
+        self,
+        state: Mapping[str, Any] | Callable[[], Mapping[str, Any]],
+        pool: BufferPool | None,
+    ) -> None:
         """Steps 1 and 2.
 
         Args:
-            state: Nested mapping of this rank's leaves.
+            state: Nested mapping of this rank's leaves, or a function that returns it: what that
+                raises is told to all ranks.
             pool: Buffers to copy into, or None to borrow the tensors' memory until ``finish`` ends.
 
         Raises:
@@ -115,7 +121,8 @@ class SaveSession:
         described: list[LocalState] = []
 
         def offer() -> bytes:
-            described.append(describe_state(state, self._declarations))
+            leaves = state() if callable(state) else state
+            described.append(describe_state(leaves, self._declarations))
             rank, world_size = self._votes.rank, self._votes.world_size
             plan = local_plan(described[0], rank, world_size, self._declarations)
             return self._step.to_bytes(8, "little") + plan.to_bytes()
@@ -126,7 +133,11 @@ class SaveSession:
         self._reach(2)
         started = time.monotonic()
         source = RankSource(described[0].tensors, per_rank_leaves(described[0]))
-        self._staged = stage_rank(self._order.plan, source, pool)
+        try:
+            self._staged = stage_rank(self._order.plan, source, pool)
+        except Exception as error:
+            # The others are past this step: they hear of it, with its cause, when they report.
+            self._failure = error
         self._finish_phase("stage", started, self.num_bytes)
 
     def finish(self) -> SaveResult:
@@ -182,8 +193,10 @@ class SaveSession:
 
     def _write(self) -> bytes:
         assert self._order is not None
-        assert self._staged is not None
         self._reach(3)
+        if self._failure is not None:
+            raise self._failure
+        assert self._staged is not None
         started, num_bytes = time.monotonic(), self.num_bytes
         order = self._order
         report = write_rank(self._staged, self._run.store, order.prefix, order.block_size)

@@ -16,7 +16,7 @@ from typing import Any, TypeVar
 from dcp_resume.errors import ConfigurationError, StorageError
 from dcp_resume.storage.fsspec_bridge import FileSystem, PerProcess, open_filesystem
 from dcp_resume.storage.keys import check_key, check_prefix, is_key
-from dcp_resume.storage.object_store import ObjectInfo, RangeRead
+from dcp_resume.storage.object_store import ObjectInfo, RangeRead, check_size
 from dcp_resume.storage.os_errors import from_os_error, short_read
 from dcp_resume.storage.retry import Operation, RetryPolicy, TransientFault
 
@@ -76,9 +76,17 @@ class FsspecStore:
 
         self._run("create", check_key(key), attempt, exclusive=True)
 
-    def write(self, key: str, buffers: Sequence[memoryview]) -> int:
-        """See ``ObjectStore.write``."""
-        content = b"".join(buffers)
+    def write(self, key: str, buffers: Iterable[memoryview], *, size: int | None = None) -> int:
+        """See ``ObjectStore.write``.
+
+        Raises:
+            ValueError: Another number of bytes than ``size``.
+        """
+        # One by one, because the memory of one may become that of the next; `join` takes all first.
+        content = b"".join(
+            buffers if isinstance(buffers, Sequence) else [bytes(buffer) for buffer in buffers]
+        )
+        check_size(len(content), size)
         self._run("write", check_key(key), lambda files, path: files.pipe_file(path, content))
         return len(content)
 

@@ -16,7 +16,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
-__all__ = ["ByteRange", "ObjectInfo", "ObjectStore", "RangeRead"]
+__all__ = ["ByteRange", "ObjectInfo", "ObjectStore", "RangeRead", "check_size"]
 
 
 @dataclass(frozen=True, slots=True, order=True)
@@ -60,6 +60,16 @@ class ObjectInfo:
     """Seconds since the epoch, by the store's clock."""
 
 
+def check_size(found: int, announced: int | None) -> None:
+    """Hold an iterable of buffers to the size that was announced for it.
+
+    Raises:
+        ValueError: It differs.
+    """
+    if announced is not None and found != announced:
+        raise ValueError(f"expected {announced} bytes to write, the buffers gave {found}")
+
+
 @runtime_checkable
 class ObjectStore(Protocol):
     """A place that keeps bytes under keys.
@@ -85,16 +95,22 @@ class ObjectStore(Protocol):
             OutcomeUnknown: No answer came before the deadline.
         """
 
-    def write(self, key: str, buffers: Sequence[memoryview]) -> int:
+    def write(self, key: str, buffers: Iterable[memoryview], *, size: int | None = None) -> int:
         """Write one object from the concatenation of ``buffers``, replacing any under the key.
 
         Durable and whole when it returns; until then, and after any failure, readers see nothing
         new under the key; only after ``StorageUnavailable`` may the whole object appear after all
-        (the answer was lost). The buffers (contiguous, format ``B``) are read in place, and must
-        not change until the call returns.
+        (the answer was lost). The buffers (contiguous, format ``B``) of a sequence are read in
+        place, and must not change until the call returns. Those of any other iterable are used up
+        one by one, each before the next one is asked for, in any thread but one at a time: so one
+        memory may serve them all, and ``size`` must say how many bytes will come. An exception that
+        the iterable raises ends the write and comes out, as itself or as the cause.
 
         Returns:
             Bytes written.
+
+        Raises:
+            ValueError: An iterable gave another number of bytes than ``size``; nothing is visible.
         """
 
     def read(self, key: str, *, max_bytes: int) -> bytes:

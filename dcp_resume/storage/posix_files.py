@@ -6,7 +6,7 @@ import ctypes
 import errno
 import os
 import stat
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from operator import itemgetter
 
 __all__ = [
@@ -25,8 +25,10 @@ _AT_FDCWD = -100
 _RENAME_NOREPLACE = 1
 
 
-def write_buffers(descriptor: int, buffers: Sequence[memoryview]) -> int:
+def write_buffers(descriptor: int, buffers: Iterable[memoryview]) -> int:
     """Append the concatenation of ``buffers`` to a file, without joining them.
+
+    Buffers of anything but a sequence are written one by one, each before the next is asked for.
 
     Returns:
         Bytes written.
@@ -34,6 +36,12 @@ def write_buffers(descriptor: int, buffers: Sequence[memoryview]) -> int:
     Raises:
         OSError: As ``writev`` says.
     """
+    if isinstance(buffers, Sequence):
+        return _write_together(descriptor, buffers)
+    return sum(_write_together(descriptor, [buffer]) for buffer in buffers)
+
+
+def _write_together(descriptor: int, buffers: Sequence[memoryview]) -> int:
     pending = [buffer for buffer in reversed(buffers) if len(buffer)]
     total = 0
     while pending:

@@ -22,7 +22,7 @@ from dcp_resume.errors import (
 )
 from dcp_resume.storage import posix_files
 from dcp_resume.storage.keys import TEMP_PREFIX, check_key, check_prefix, is_key
-from dcp_resume.storage.object_store import ObjectInfo, RangeRead
+from dcp_resume.storage.object_store import ObjectInfo, RangeRead, check_size
 from dcp_resume.storage.os_errors import from_os_error, short_read
 
 __all__ = ["PosixStore"]
@@ -80,12 +80,17 @@ class PosixStore:
                 key=key,
             ) from error
 
-    def write(self, key: str, buffers: Sequence[memoryview]) -> int:
-        """See ``ObjectStore.write``."""
+    def write(self, key: str, buffers: Iterable[memoryview], *, size: int | None = None) -> int:
+        """See ``ObjectStore.write``.
+
+        Raises:
+            ValueError: Another number of bytes than ``size``.
+        """
         final = self._path(key)
         with self._errors("write", key):
             with self._temp_file(final) as (descriptor, temp):
                 written = posix_files.write_buffers(descriptor, buffers)
+                check_size(written, size)
                 # After a failed fsync the pages count as clean: a second one would lie. So any
                 # failure removes the file, and only the caller may start over.
                 os.fsync(descriptor)

@@ -67,11 +67,15 @@ class S3Store:
             )
         )
 
-    def write(self, key: str, buffers: Sequence[memoryview]) -> int:
-        """See ``ObjectStore.write``; big objects go in parts, a bounded number at a time."""
+    def write(self, key: str, buffers: Iterable[memoryview], *, size: int | None = None) -> int:
+        """See ``ObjectStore.write``; big objects go in parts, a bounded number at a time.
+
+        Raises:
+            ValueError: Another number of bytes than ``size``.
+        """
         full = self._root + check_key(key)
         operation = self._client.operation("write", key)
-        return self._client.run(upload(self._client, operation, full, buffers))
+        return self._client.run(upload(self._client, operation, full, buffers, size))
 
     def read(self, key: str, *, max_bytes: int) -> bytes:
         """See ``ObjectStore.read``."""

@@ -8,12 +8,13 @@ import logging
 import secrets
 import zlib
 from bisect import bisect_right
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from itertools import accumulate
-from typing import Any
+from typing import Any, Protocol
 
 from dcp_resume.errors import KeyNotFound, StorageError
 from dcp_resume.storage.concurrency import for_each
+from dcp_resume.storage.object_store import check_size
 from dcp_resume.storage.retry import Operation
 from dcp_resume.storage.s3_client import S3Client
 from dcp_resume.storage.s3_errors import refusal_in
@@ -43,7 +44,11 @@ def part_size_for(total: int) -> int:
 
 
 async def upload(
-    client: S3Client, operation: Operation, key: str, buffers: Sequence[memoryview]
+    client: S3Client,
+    operation: Operation,
+    key: str,
+    buffers: Iterable[memoryview],
+    size: int | None = None,
 ) -> int:
     """Write one object, whole or not at all.
 
@@ -51,18 +56,22 @@ async def upload(
         client: Where to send it.
         operation: For messages.
         key: Full key in the bucket.
-        buffers: Contents; read until the call ends.
+        buffers: Contents; of a sequence read until the call ends, of any other iterable used up
+            one by one, in a thread.
+        size: Bytes in all; needed unless the buffers are a sequence.
 
     Returns:
         Bytes written.
 
     Raises:
+        ValueError: The buffers gave another number of bytes than ``size``.
         StorageError: In whichever subclass fits; no upload of ours is left open unless the store
             did not answer the abort either.
     """
-    content = _Joined(buffers)
+    content = _Joined(buffers) if isinstance(buffers, Sequence) else _Streamed(buffers, size or 0)
+    check_size(len(content), size)
     if len(content) <= _PART_BYTES:
-        body = content.cut(0, len(content))
+        body = await content.take(0, len(content))
         await client.request(
             operation, "put_object", Key=key, Body=body, ChecksumCRC32=crc32_header(body)
         )
@@ -74,7 +83,7 @@ async def upload(
 class _Multipart:
     """One multipart upload, from its creation to its completion or abort."""
 
-    def __init__(self, client: S3Client, operation: Operation, key: str, content: _Joined) -> None:
+    def __init__(self, client: S3Client, operation: Operation, key: str, content: _Content) -> None:
         self._client = client
         self._operation = operation
         self._key = key
@@ -107,7 +116,8 @@ class _Multipart:
     async def _send_part(self, upload_id: str, number: int) -> None:
         start = (number - 1) * self._part_bytes
         stop = min(start + self._part_bytes, len(self._content))
-        body, checksum = await asyncio.to_thread(self._cut, start, stop)
+        body = await self._content.take(start, stop)
+        checksum = await asyncio.to_thread(crc32_header, body)
         answer = await self._client.request(
             self._operation,
             "upload_part",
@@ -122,10 +132,6 @@ class _Multipart:
             "ETag": answer["ETag"],
             "ChecksumCRC32": checksum,
         }
-
-    def _cut(self, start: int, stop: int) -> tuple[bytes, str]:
-        body = self._content.cut(start, stop)
-        return body, crc32_header(body)
 
     async def _complete(self, upload_id: str) -> None:
         parts = [self._parts[number] for number in sorted(self._parts)]
@@ -165,6 +171,52 @@ class _Multipart:
                 _log.warning("an upload stays open until `discard` removes it: %s", error)
 
 
+class _Content(Protocol):
+    """What an object is written from."""
+
+    def __len__(self) -> int:
+        """Bytes in all."""
+
+    async def take(self, start: int, stop: int) -> bytes:
+        """A range as ``bytes``, the only thing that aiobotocore sends."""
+
+
+class _Streamed:
+    """Buffers that exist one at a time. Ranges must be taken in order, without gaps."""
+
+    def __init__(self, buffers: Iterable[memoryview], size: int) -> None:
+        self._buffers = iter(buffers)
+        self._size = size
+        self._rest = memoryview(b"")
+        # Fair: whoever asks first is served first, so parts that are sent in order come in order.
+        self._turn = asyncio.Lock()
+
+    def __len__(self) -> int:
+        return self._size
+
+    async def take(self, start: int, stop: int) -> bytes:
+        """The next ``stop - start`` bytes; in a thread, because the buffers may come from afar."""
+        async with self._turn:
+            return await asyncio.to_thread(self._next, stop - start, stop == self._size)
+
+    def _next(self, length: int, is_last: bool) -> bytes:
+        body = bytearray()
+        while len(body) < length:
+            if not len(self._rest):
+                following = next(self._buffers, None)
+                if following is None:
+                    raise ValueError(
+                        f"the buffers end early; {length - len(body)} bytes are missing"
+                    )
+                self._rest = following
+            piece = self._rest[: length - len(body)]
+            self._rest = self._rest[len(piece) :]
+            body += piece
+        if is_last and (len(self._rest) or any(map(len, self._buffers))):
+            raise ValueError(f"the buffers give more than {self._size} bytes")
+        return bytes(body)
+
+
 class _Joined:
     """Slices of the concatenation of several buffers, without joining them all."""
 
@@ -175,8 +227,13 @@ class _Joined:
     def __len__(self) -> int:
         return self._ends[-1] if self._ends else 0
 
+    async def take(self, start: int, stop: int) -> bytes:
+        """Copy a range out; a large one in a thread, so that others can be sent meanwhile."""
+        is_large = stop - start >= _MIB
+        return await asyncio.to_thread(self.cut, start, stop) if is_large else self.cut(start, stop)
+
     def cut(self, start: int, stop: int) -> bytes:
-        """Copy a range out; aiobotocore sends only ``bytes``."""
+        """Copy a range out."""
         pieces = []
         index = bisect_right(self._ends, start)
         while start < stop:

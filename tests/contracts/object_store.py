@@ -125,6 +125,36 @@ class ObjectStoreContract:
         store.write("k", views(b"new"))
         assert self.outside_read("k") == b"new"
 
+    @pytest.mark.parametrize("share", [1, 50])
+    def test_write_uses_up_buffers_that_share_one_memory(self, store: ObjectStore, share: int):
+        content = random.Random(3).randbytes(self.large_bytes // share)
+        memory = bytearray(len(content) // 7 + 1)
+
+        def windows():
+            for start in range(0, len(content), len(memory)):
+                piece = content[start : start + len(memory)]
+                memory[: len(piece)] = piece
+                yield memoryview(memory)[: len(piece)]
+                memory[:] = bytes(len(memory))
+
+        assert store.write("k", windows(), size=len(content)) == len(content)
+        assert self.outside_read("k") == content
+
+    @pytest.mark.parametrize("found", [0, 1, 3])
+    def test_write_refuses_another_size_than_announced(self, store: ObjectStore, found: int):
+        with pytest.raises(ValueError, match=r"bytes"):
+            store.write("k", iter(views(b"a" * found)), size=2)
+        assert self.outside_keys() == {}
+
+    def test_write_passes_on_what_its_buffers_raise(self, store: ObjectStore):
+        def windows():
+            yield memoryview(b"a")
+            raise LookupError("no more")
+
+        with pytest.raises(LookupError, match="no more"):
+            store.write("k", windows(), size=2)
+        assert self.outside_keys() == {}
+
     def test_large_write_from_many_odd_buffers_and_back(self, store: ObjectStore):
         generator = random.Random(7)
         content = generator.randbytes(self.large_bytes)

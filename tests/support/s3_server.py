@@ -1,8 +1,8 @@
 """A real S3 server process (SeaweedFS) on loopback, for tests and demos.
 
-    with S3Server() as server:
-        server.make_bucket("runs")
-        store = open_store("s3://runs/a", storage_options=server.storage_options)
+with S3Server() as server:
+    server.make_bucket("runs")
+    store = open_store("s3://runs/a", storage_options=server.storage_options)
 """
 
 from __future__ import annotations
@@ -65,7 +65,7 @@ class S3Server:
             "client_kwargs": {"region_name": _REGION},
         }
 
-    def client(self) -> Any:  # noqa: ANN401 - boto3 clients have no static type
+    def client(self) -> Any:
         """A boto3 client, which shares no code of ours."""
         import boto3
 

@@ -1,0 +1,56 @@
+# The verbs of this repository, for people and for CI alike. `make` lists them.
+# CI may bring its own interpreter: make PY=/path/to/python ci
+
+PY ?= .venv/bin/python
+PYTHON ?= python3
+BIN = $(dir $(PY))
+PYTEST = $(PY) -m pytest -q
+export OMP_NUM_THREADS ?= 1
+
+.DEFAULT_GOAL := help
+.PHONY: help setup demo demo-s3 test test-ranks test-s3 test-all lint check ci docs-lint docker-lint
+
+help:  ## list the verbs
+	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' Makefile
+
+setup: | $(PY)  ## install into .venv: the library, the demo, the developers' tools
+	$(PY) -m pip install -q --upgrade 'pip>=25.1'  # the first that knows --group
+	$(PY) -m pip install -q -c constraints.txt -e '.[demo,cli]' --group dev
+
+.venv/bin/python:
+	$(PYTHON) -m venv .venv
+
+demo:  ## train, be killed while saving, resume on the same and on other meshes; compare
+	$(PY) examples/demo.py
+
+demo-s3:  ## the same on a real S3 server, started for the demo
+	$(PY) examples/demo.py --storage s3
+
+test:  ## unit, property and contract tests: no ranks, no S3 server; under a minute
+	$(PYTEST) -m 'not ranks and not s3 and not torchrun'
+
+test-ranks:  ## several processes: meshes, crashes, torchrun jobs
+	$(PYTEST) -m 'ranks or torchrun'
+
+test-s3:  ## against the S3 server process
+	$(PYTEST) -m s3
+
+test-all:  ## every test
+	$(PYTEST)
+
+lint:  ## format, lint, types, layers
+	$(PY) -m ruff format --check .
+	$(PY) -m ruff check .
+	$(PY) -m mypy
+	$(BIN)lint-imports
+
+check: lint test  ## before every commit
+
+ci: lint docker-lint test-all  ## what CI runs
+
+docs-lint:  ## every link and every Python block of the documents
+	$(PYTEST) tests/docs
+
+docker-lint:  ## the Dockerfile and the compose file
+	$(BIN)hadolint docker/Dockerfile
+	$(BIN)check-jsonschema --builtin-schema vendor.compose-spec docker/compose.yaml

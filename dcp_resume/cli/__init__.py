@@ -1,0 +1,1 @@
+"""``dcp-resume``: verbs for operators. Each one parses, calls a session, and prints."""

@@ -1,0 +1,130 @@
+"""``dcp-resume inspect``: what one checkpoint says of itself. Reads documents, no data."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
+
+from dcp_resume.cli.arguments import add_step, add_verb, open_url, read_pairs
+from dcp_resume.cli.printing import print_json, print_table, size_text
+
+if TYPE_CHECKING:
+    from dcp_resume.cli.arguments import Verbs
+    from dcp_resume.manifest.models import Manifest, MeshEntry, TensorEntry
+    from dcp_resume.session.opening import OpenedCheckpoint
+
+__all__ = ["add_parser"]
+
+_DESCRIPTION = """\
+Show one checkpoint: topology, trainer state, parts, and with --tensors every tensor. Manifest,
+catalog and index are read and proved; no data file is opened. URL is a run, or the directory of a
+single checkpoint that was copied without the run's log.
+"""
+_EXAMPLES = """\
+  dcp-resume inspect runs/a
+  dcp-resume inspect runs/a --step 400 --tensors
+  dcp-resume inspect /backup/step-00000400/k3v9 --json
+"""
+
+
+def add_parser(verbs: Verbs) -> None:
+    """Add the verb."""
+    verb = add_verb(
+        verbs,
+        "inspect",
+        summary="show one checkpoint",
+        description=_DESCRIPTION,
+        examples=_EXAMPLES,
+    )
+    verb.add_argument("url", help="root of the run, or a checkpoint's directory")
+    add_step(verb, "latest", "best")
+    verb.add_argument("--tensors", action="store_true", help="list every tensor")
+    verb.set_defaults(run=_run)
+
+
+def _run(arguments: argparse.Namespace) -> int:
+    from dcp_resume.session.finding import find_checkpoints
+    from dcp_resume.session.opening import open_checkpoint
+
+    store = open_url(arguments.url, read_pairs(arguments.storage_option))
+    (located,) = find_checkpoints(store, arguments.step)
+    opened = open_checkpoint(store, located.prefix, located.manifest, is_listed=False)
+    if arguments.json:
+        print_json(_document(opened, is_full=arguments.tensors))
+        return 0
+    for name, value in _lines(opened.manifest):
+        print(f"{name:<12} {value}")
+    print()
+    parts = [
+        [name, str(part.num_tensors), str(part.num_leaves), size_text(part.num_bytes)]
+        for name, part in opened.manifest.parts.items()
+    ]
+    print_table(("part", "tensors", "values", "size"), parts, left=1)
+    if arguments.tensors:
+        print()
+        columns = ("tensor", "dtype", "kind", "shape", "placements", "size")
+        print_table(columns, [_row(entry) for entry in opened.catalog.tensors], left=3)
+    return 0
+
+
+def _document(opened: OpenedCheckpoint, *, is_full: bool) -> dict[str, Any]:
+    from dcp_resume.manifest.wire import encode
+
+    document: dict[str, Any] = {
+        "prefix": opened.prefix,
+        "manifest": json.loads(encode(opened.manifest)),
+    }
+    if is_full:
+        catalog = json.loads(encode(opened.catalog))
+        document["tensors"] = catalog["tensors"]
+        document["files"] = catalog["files"]
+    return document
+
+
+def _lines(manifest: Manifest) -> Iterator[tuple[str, str]]:
+    topology, trainer = manifest.topology, manifest.trainer
+    yield "step", str(manifest.step)
+    yield "run", f"{manifest.run} (generation {manifest.generation}, attempt {manifest.attempt})"
+    yield "created", manifest.created
+    yield "size", f"{size_text(manifest.counts.num_bytes)} in {manifest.counts.files} file(s)"
+    yield "world size", str(topology.world_size)
+    for mesh in topology.meshes:
+        yield "mesh", _mesh_text(mesh)
+    for stage, layers in enumerate(topology.stages or ()):
+        yield "stage", f"{stage}: layers {', '.join(map(str, layers))}"
+    yield "samples", f"{trainer.consumed_samples}, tokens {trainer.consumed_tokens}"
+    if trainer.best_step is not None:
+        yield "best loss", f"{trainer.best_loss:g} at step {trainer.best_step}"
+    if trainer.last_lr:
+        yield "lr", ", ".join(f"{lr:g}" for lr in trainer.last_lr)
+    for name, value in trainer.metrics.items():
+        yield name, f"{value:g}"
+    software = manifest.software
+    yield (
+        "written by",
+        f"dcp_resume {software.dcp_resume}, torch {software.torch}, python {software.python}",
+    )
+
+
+def _mesh_text(mesh: MeshEntry) -> str:
+    axes = ", ".join(f"{axis}={size}" for axis, size in zip(mesh.axes, mesh.shape, strict=True))
+    ranks = "" if mesh.ranks is None else f" on ranks {mesh.ranks[0]} to {mesh.ranks[-1]}"
+    return f"{mesh.id}: {axes}{ranks}"
+
+
+def _row(entry: TensorEntry) -> list[str]:
+    from dcp_resume.format.dtypes import ITEMSIZES
+
+    kind = f"alias of {entry.alias_of}" if entry.alias_of else entry.kind
+    num_bytes = 0 if entry.alias_of else math.prod(entry.global_shape) * ITEMSIZES[entry.dtype]
+    return [
+        entry.fqn,
+        entry.dtype,
+        kind,
+        ", ".join(map(str, entry.global_shape)) or "scalar",
+        " ".join(entry.placements or ("-",)),
+        size_text(num_bytes),
+    ]

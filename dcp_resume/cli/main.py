@@ -1,0 +1,85 @@
+"""The command line: parse, run a verb, and turn errors into one message and an exit code."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+import traceback
+from collections.abc import Sequence
+
+from dcp_resume.cli import inspect_checkpoint, list_run, reshard_checkpoint, verify_checkpoint
+from dcp_resume.cli.exit_codes import EXIT_CODES_HELP, ExitCode, exit_code_of
+from dcp_resume.cli.printing import print_json
+from dcp_resume.errors import DcpResumeError
+
+__all__ = ["main"]
+
+_DESCRIPTION = """\
+Look at, prove and reshard the checkpoints of a training run. URL is a path, file://, s3://bucket/…
+or another URL that fsspec knows; credentials come from the environment, as for any AWS client.
+"""
+_EPILOG = f"""\
+examples:
+  dcp-resume ls runs/a
+  dcp-resume verify runs/a --step all
+  dcp-resume reshard runs/a runs/b --to tp=2,dp_shard=4
+
+`dcp-resume VERB --help` explains each verb.
+
+{EXIT_CODES_HELP}"""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line.
+
+    Args:
+        argv: Arguments without the program's name; None for those of the process.
+
+    Returns:
+        The exit code.
+    """
+    try:
+        arguments = _parser().parse_args(argv)
+    except SystemExit as end:
+        return end.code if isinstance(end.code, int) else ExitCode.USAGE
+    try:
+        code: int = arguments.run(arguments)
+        sys.stdout.flush()
+    except DcpResumeError as error:
+        return _report(error, arguments)
+    except KeyboardInterrupt:
+        print("dcp-resume: interrupted", file=sys.stderr)
+        return ExitCode.INTERRUPTED
+    except BrokenPipeError:
+        # The reader (`head`) went away; keep the interpreter from complaining at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return ExitCode.OK
+    return code
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="dcp-resume",
+        description=_DESCRIPTION,
+        epilog=_EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    verbs = parser.add_subparsers(title="verbs", metavar="VERB", required=True)
+    for module in (list_run, inspect_checkpoint, verify_checkpoint, reshard_checkpoint):
+        module.add_parser(verbs)
+    return parser
+
+
+def _report(error: DcpResumeError, arguments: argparse.Namespace) -> ExitCode:
+    if arguments.debug:
+        traceback.print_exception(error)
+    if arguments.json:
+        problems = [
+            {"where": p.where, "kind": p.kind, "message": p.message}
+            for p in getattr(error, "problems", ())
+        ]
+        document = {"type": type(error).__name__, "message": str(error), "problems": problems}
+        print_json({"error": document})
+    print(f"dcp-resume: {error}", file=sys.stderr)
+    return exit_code_of(error)
