@@ -14,6 +14,7 @@ import logging
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import ClassVar
 
 __all__ = [
     "CheckpointCommitted",
@@ -36,11 +37,15 @@ _log = logging.getLogger("dcp_resume")
 class Event:
     """Base of all events."""
 
+    level: ClassVar[int] = logging.DEBUG
+    """At which the ``dcp_resume`` logger gets it."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RunOpened(Event):
     """This incarnation appended its ``open`` record and owns the run."""
 
+    level: ClassVar[int] = logging.INFO
     url: str
     generation: int
     resume_step: int | None
@@ -72,6 +77,7 @@ class PhaseFinished(Event):
 class CheckpointCommitted(Event):
     """A checkpoint became the newest of the run."""
 
+    level: ClassVar[int] = logging.INFO
     url: str
     step: int
     attempt: str
@@ -83,6 +89,7 @@ class CheckpointCommitted(Event):
 class SaveFailed(Event):
     """A save did not commit."""
 
+    level: ClassVar[int] = logging.ERROR
     step: int
     reason: str
 
@@ -91,6 +98,7 @@ class SaveFailed(Event):
 class LoadFinished(Event):
     """A checkpoint was loaded and verified."""
 
+    level: ClassVar[int] = logging.INFO
     url: str
     step: int
     rank: int
@@ -102,6 +110,7 @@ class LoadFinished(Event):
 class CheckpointSkipped(Event):
     """A newer checkpoint was passed over on load, with the reason; an older one is tried."""
 
+    level: ClassVar[int] = logging.WARNING
     step: int
     reason: str
 
@@ -138,11 +147,11 @@ def subscribe(subscriber: Callable[[Event], object]) -> Callable[[], None]:
 
 
 def emit(event: Event) -> None:
-    """Hand an event to every subscriber, and to the ``dcp_resume`` logger at debug level.
+    """Hand an event to every subscriber, and to the ``dcp_resume`` logger at the event's level.
 
     A subscriber that raises is logged with its traceback and does not disturb the save.
     """
-    _log.debug("%s", event)
+    _log.log(event.level, "%s", event)
     with _lock:
         subscribers = tuple(_subscribers)
     for subscriber in subscribers:

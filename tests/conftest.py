@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
+import os
+
 import pytest
 
 from tests.support.s3_server import S3Server
+
+# torch's TCPStore asks the name server for the name of every peer's address; where none answers,
+# each question costs 5 s (measured: one connection in seven), and the suite minutes.
+os.environ.setdefault("RES_OPTIONS", "timeout:1 attempts:1")
 
 
 @pytest.fixture(scope="session")

@@ -11,6 +11,9 @@ from typing import Any
 
 __all__ = ["ProgressLine", "print_json", "print_table", "size_text", "without_infinities"]
 
+_MAX_RICH_ROWS = 200
+"""Rich needs half a second for a thousand rows, and nobody admires so many."""
+
 
 def size_text(num_bytes: float) -> str:
     """Bytes for people.
@@ -49,7 +52,7 @@ def print_table(columns: Sequence[str], rows: Sequence[Sequence[str]], *, left: 
         rows: Cells.
         left: The first so many columns are aligned to the left, the others to the right.
     """
-    if sys.stdout.isatty() and _print_rich(columns, rows, left):
+    if _is_terminal() and len(rows) <= _MAX_RICH_ROWS and _print_rich(columns, rows, left):
         return
     widths = [max(map(len, cells)) for cells in zip(columns, *rows, strict=True)]
     for row in (columns, *rows):
@@ -58,6 +61,10 @@ def print_table(columns: Sequence[str], rows: Sequence[Sequence[str]], *, left: 
             for number, (cell, width) in enumerate(zip(row, widths, strict=True))
         ]
         print("  ".join(cells).rstrip())
+
+
+def _is_terminal() -> bool:
+    return sys.stdout.isatty()
 
 
 def _print_rich(columns: Sequence[str], rows: Sequence[Sequence[str]], left: int) -> bool:

@@ -138,12 +138,13 @@ class CheckpointManager:
 
         Raises:
             TimeoutError: Still running after ``timeout_s``.
-            SaveError: The running save did not commit.
+            SaveError: The save did not commit, and its ``result`` has not said so yet.
         """
         if self._pending is not None:
             pending = self._pending
-            pending.result(timeout_s)
+            pending.wait(timeout_s)
             self._pending = None
+            pending.raise_unseen()
 
     # Finding.
 
@@ -276,15 +277,9 @@ class CheckpointManager:
         return self._run
 
     def _finish_previous(self, step: int) -> None:
-        pending = self._pending
-        if pending is None:
-            return
-        if self.settings.when_busy is WhenBusy.REFUSE:
-            self._refuse_if_busy(step, pending)
-        self._pending = None
-        if not pending.is_done:
-            pending.result()
-        pending.raise_unseen()
+        if self._pending is not None and self.settings.when_busy is WhenBusy.REFUSE:
+            self._refuse_if_busy(step, self._pending)
+        self.wait()
 
     def _refuse_if_busy(self, step: int, pending: PendingSave) -> None:
         """Ranks learn of an outcome one after the other, so they decide together."""
@@ -366,8 +361,12 @@ class CheckpointManager:
         """Mark the checkpoint as damaged, so that nobody resumes from it again."""
         entry = self._log.history.commits[source]
         emit(CheckpointSkipped(step=entry.step, reason=str(error)))
-        if self._ranks.rank == 0:
+
+        def decide(ballots: Sequence[bytes]) -> list[bytes]:
             quarantine(self._log, source, reason=str(error)[:2000])
+            return [b""] * len(ballots)
+
+        self._votes(0).round("quarantine", lambda: b"", decide)
 
     def _trainer_facts(self, step: int, state: Mapping[str, Any]) -> TrainerFacts:
         trainer = next((v for v in state.values() if isinstance(v, TrainerState)), None)

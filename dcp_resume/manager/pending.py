@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import threading
-from concurrent.futures import Future
-from concurrent.futures import TimeoutError as FutureTimeoutError
+from concurrent.futures import Future, wait
 
 from dcp_resume.session.save import SaveResult
 
@@ -41,19 +40,18 @@ class PendingSave:
             Fenced: A newer incarnation owns the run.
             StorageError: The store failed on the coordinator.
         """
-        try:
-            result = self._future.result(timeout_s)
-        except FutureTimeoutError:
-            if not self._future.done():
-                raise TimeoutError(
-                    f"save of step {self.step} is still running after {timeout_s} s"
-                ) from None
-            self._seen.set()
-            raise
-        except BaseException:
-            self._seen.set()
-            raise
-        return result
+        self.wait(timeout_s)
+        self._seen.set()
+        return self._future.result()
+
+    def wait(self, timeout_s: float | None = None) -> None:
+        """Wait until the outcome is known, and say nothing of it.
+
+        Raises:
+            TimeoutError: Still running after ``timeout_s``.
+        """
+        if not wait([self._future], timeout_s).done:
+            raise TimeoutError(f"save of step {self.step} is still running after {timeout_s} s")
 
     def raise_unseen(self) -> None:
         """Raise the save's error, unless ``result`` already did.

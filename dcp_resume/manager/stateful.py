@@ -7,7 +7,7 @@ stages hand in their model parts as a list; parts must use global layer names.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, MutableMapping, Sequence
 from typing import Any, Protocol, runtime_checkable
 
 import torch
@@ -98,8 +98,11 @@ def merge_disjoint(merged: dict[str, Any], more: Mapping[str, Any], key: str) ->
 class Bound:
     """A trainer's objects, bound to the state dict that is saved or loaded."""
 
-    def __init__(self, state: Mapping[str, Any], sources: Mapping[str, Stateful]) -> None:
-        self._plain = {key: value for key, value in state.items() if key not in sources}
+    def __init__(
+        self, state: Mapping[str, Any], keys: Collection[str], sources: Mapping[str, Stateful]
+    ) -> None:
+        self._state = state
+        self._plain = {key: state[key] for key in keys if key not in sources}
         self._sources = sources
         self._fresh: list[Optimizer] = []
         self._dicts: dict[str, Any] = {}
@@ -128,7 +131,10 @@ class Bound:
         with torch.no_grad():
             whole = {**self._plain, **self._dicts}
             for fqn, value in values.items():
-                _set_path(whole, paths[fqn], value)
+                if len(paths[fqn]) > 1:
+                    _set_path(whole, paths[fqn], value)
+                elif isinstance(self._state, MutableMapping):
+                    self._state[fqn] = value
             for key, source in self._sources.items():
                 source.load_state_dict(self._dicts[key])
 
@@ -176,8 +182,8 @@ def bind_state(state: Mapping[str, Any], parts: Sequence[str] | None = None) -> 
             sources[key] = _Optimizers(key, list(zip(modules, optimizers, strict=True)))
         elif isinstance(value, Stateful) and not isinstance(value, Mapping):
             sources[key] = value
-    chosen = {key: value for key, value in state.items() if parts is None or key in parts}
-    return Bound(chosen, {key: source for key, source in sources.items() if key in chosen})
+    chosen = [key for key in state if parts is None or key in parts]
+    return Bound(state, chosen, {key: sources[key] for key in chosen if key in sources})
 
 
 def _as_list(value: Any) -> list[Any]:

@@ -2,8 +2,8 @@
 
 A range is a whole number of digest blocks, so that it can be proved alone. An overlap that is one
 run of bytes in the chunk and in the target is copied as bytes and may be cut anywhere; any other
-is cut along the chunk's first dim into groups of whole rows, and adjacent groups may read their
-shared block twice.
+is cut into groups of whole rows along the chunk's outermost dim whose rows fit a read, and adjacent
+groups may read their shared block twice.
 
 Merge rule: two ranges of one file become one read if the gap between them is at most ``max_gap``
 and the read stays within ``max_bytes``; a single overlap larger than that is cut.
@@ -11,6 +11,7 @@ and the read stays within ``max_bytes``; a single overlap larger than that is cu
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -104,29 +105,38 @@ def _flat(sizes: Sequence[int], offsets: Sequence[int]) -> int:
 
 
 def _needs(overlap: Overlap, place: ChunkPlace, max_bytes: int) -> list[_Need]:
-    box, item = overlap.in_chunk, place.itemsize
+    box = overlap.in_chunk
     if _is_one_run(place.sizes, box.sizes) and _is_one_run(place.target_sizes, box.sizes):
         return _byte_needs(overlap, place, max_bytes)
-    row_bytes = math.prod(place.sizes[1:]) * item
-    group = max(1, max_bytes // max(row_bytes, 1))
-    first, last = box.offsets[0], box.stops[0]
+    # Rows of the outermost dim whose single row fits a read; dims before it are taken one by one.
+    dim = next(d for d, _ in enumerate(box.sizes) if _row_bytes(place, d) <= max_bytes)
+    group = max(1, max_bytes // max(_row_bytes(place, dim), 1))
     needs: list[_Need] = []
-    for row in range(first, last, group):
-        rows = min(group, last - row)
-        begin = place.begin + row * row_bytes
+    outer = itertools.product(*map(range, box.sizes[:dim]))
+    for index, row in itertools.product(outer, range(0, box.sizes[dim], group)):
+        ahead = (*index, row)
+        rows = min(group, box.sizes[dim] - row)
+        first = tuple(map(sum, zip(box.offsets, ahead, strict=False)))
+        begin = place.begin + _flat(place.sizes[: dim + 1], first) * _row_bytes(place, dim)
+        lead = (1,) * dim
         copy = BoxCopy(
             target=overlap.target,
             source_begin=begin,
-            source_sizes=(rows, *place.sizes[1:]),
-            source_offsets=(0, *box.offsets[1:]),
+            source_sizes=(*lead, rows, *place.sizes[dim + 1 :]),
+            source_offsets=((0,) * (dim + 1)) + box.offsets[dim + 1 :],
             target_offsets=(
-                overlap.in_target.offsets[0] + row - first,
-                *overlap.in_target.offsets[1:],
+                *map(sum, zip(overlap.in_target.offsets, ahead, strict=False)),
+                *overlap.in_target.offsets[dim + 1 :],
             ),
-            sizes=(rows, *box.sizes[1:]),
+            sizes=(*lead, rows, *box.sizes[dim + 1 :]),
         )
-        needs.append(_Need(begin, begin + rows * row_bytes, copy))
+        needs.append(_Need(begin, begin + rows * _row_bytes(place, dim), copy))
     return needs
+
+
+def _row_bytes(place: ChunkPlace, dim: int) -> int:
+    """Bytes of what lies behind one index of ``dim``."""
+    return math.prod(place.sizes[dim + 1 :]) * place.itemsize
 
 
 def _byte_needs(overlap: Overlap, place: ChunkPlace, max_bytes: int) -> list[_Need]:

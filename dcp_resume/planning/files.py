@@ -130,7 +130,7 @@ def lay_out_files(table: Table, tensors: Sequence[TensorEntry]) -> FileLayout:
 
 
 def file_names(heads: I64, part_names: Sequence[str]) -> tuple[str, ...]:
-    """Names of data files: of each row rank, part, whether stock readers must not see it, number."""
+    """Names of data files; rows: rank, part, whether stock readers must not see it, number."""
     rows = [tuple(row) for row in heads.tolist()]
     counts: dict[tuple[int, int, int], int] = {}
     for rank, part, hidden, _ in rows:

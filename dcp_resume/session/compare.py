@@ -136,6 +136,11 @@ def compare_state(
     items: list[ReportItem] = []
     for held in state.tensors:
         entry = stored.get(held.entry.fqn)
+        if any(
+            n > 1 and s == 0 for n, s in zip(held.local.shape, held.local.stride(), strict=True)
+        ):
+            message = "it is expanded: several of its elements are one; hand in a clone"
+            items.append(ReportItem(Severity.REFUSE, "layout", held.entry.fqn, message))
         if entry is None:
             items.append(_missing(held.entry.fqn, held.entry.fqn in values, strictness))
         else:

@@ -21,6 +21,8 @@ Request = int | Literal["latest", "best", "all"]
 def find_checkpoints(store: ObjectStore, request: Request) -> list[Located]:
     """The checkpoints that answer a request: one, or with ``all`` every one that was not retired.
 
+    A step that is quarantined answers only where no other checkpoint of that step does.
+
     Raises:
         CheckpointNotFound: None answers, or there is neither a log nor a manifest.
         InvalidCheckpoint: The log, or a directory's manifest, is malformed.
@@ -36,7 +38,8 @@ def find_checkpoints(store: ObjectStore, request: Request) -> list[Located]:
     if request == "all":
         entries = [CommitEntry(*item) for item in sorted(history.live_commits().items())]
     elif isinstance(request, int):
-        entries = [e for e in (history.find_step(request, is_any_line=True),) if e]
+        usable = history.find_step(request, is_any_line=True)
+        entries = [usable] if usable else _quarantined(history, request)
     else:
         entries = [e for e in (finders[request](history),) if e]
     if not entries:
@@ -47,6 +50,12 @@ def find_checkpoints(store: ObjectStore, request: Request) -> list[Located]:
             request=str(request),
         )
     return [Located.of(entry) for entry in entries]
+
+
+def _quarantined(history: RunHistory, step: int) -> list[CommitEntry]:
+    """The youngest damaged checkpoint of a step: to be looked at, since its files are kept."""
+    live = sorted(history.live_commits().items(), reverse=True)
+    return [CommitEntry(seq, record) for seq, record in live if record.step == step][:1]
 
 
 def _alone(store: ObjectStore, request: Request) -> Located:

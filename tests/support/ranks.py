@@ -134,6 +134,10 @@ class RankPool:
     """Ranks that outlive the tests; use it as a context."""
 
     def __init__(self) -> None:
+        # Each TCPStore client asks DNS for the name of ::ffff:127.0.0.1, which is in no hosts file;
+        # where nobody answers, that takes 5 s. No tries, no wait; the ranks inherit it.
+        os.environ["RES_OPTIONS"] = "attempts:0"
+        os.environ["TORCH_CPP_LOG_LEVEL"] = "ERROR"  # no C++ stacks of every lost connection
         self._workers: list[_Worker] = []
         self._directory = Path(tempfile.mkdtemp(prefix="ranks-"))
 

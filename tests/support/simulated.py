@@ -1,4 +1,4 @@
-"""Checkpoints of many ranks, saved in one process: each simulated rank plans and writes its part."""
+"""Checkpoints of many ranks, saved in one process: each simulated rank writes its part."""
 
 from __future__ import annotations
 

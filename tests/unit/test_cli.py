@@ -1,0 +1,429 @@
+"""The command line on real runs: output, JSON, exit codes, damage."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+
+from dcp_resume.cli import list_run, printing
+from dcp_resume.cli.main import main
+from dcp_resume.errors import StorageDenied
+from dcp_resume.manager.checkpoint_manager import CheckpointManager
+from dcp_resume.manager.settings import SaveMode, Settings
+from dcp_resume.manager.trainer_state import TrainerState
+from dcp_resume.manifest.keys import log_key
+from dcp_resume.manifest.models import DocumentRef, TrainerFacts
+from dcp_resume.manifest.records import CommitRecord, OpenRecord
+from dcp_resume.manifest.wire import encode
+from dcp_resume.session.commit import pin, quarantine, retire
+from dcp_resume.session.run_log import RunLog
+from dcp_resume.storage import open_store
+from dcp_resume.storage.posix_store import PosixStore
+
+
+def save_steps(root, steps, *, resume=False):
+    torch.manual_seed(0)
+    model = torch.nn.Linear(8, 4)
+    optimizer = torch.optim.Adam(model.parameters(), lr=1e-3)
+    model(torch.ones(1, 8)).sum().backward()
+    optimizer.step()
+    trainer = TrainerState()
+    state = {"model": model, "optim": optimizer, "trainer": trainer}
+    with CheckpointManager(root, Settings(mode=SaveMode.BLOCKING)) as checkpoints:
+        if resume:
+            checkpoints.resume(state, resume)
+        for step in steps:
+            trainer.advance(step=step, samples=32, loss=100.0 / step, last_lr=[0.001])
+            checkpoints.save(step, state)
+
+
+@pytest.fixture(scope="module")
+def whole_run(tmp_path_factory):
+    root = tmp_path_factory.mktemp("runs") / "a"
+    save_steps(root, [10, 20, 30])
+    return root
+
+
+@pytest.fixture
+def run(whole_run, tmp_path):
+    """A copy that a test may damage."""
+    return shutil.copytree(whole_run, tmp_path / "run")
+
+
+@pytest.fixture
+def call(capsys):
+    def call(*words):
+        code = main([str(word) for word in words])
+        captured = capsys.readouterr()
+        return code, captured.out, captured.err
+
+    return call
+
+
+@pytest.fixture
+def call_json(call):
+    def call_json(*words):
+        code, out, _ = call(*words, "--json")
+        return code, json.loads(out)
+
+    return call_json
+
+
+def newest_file(run, pattern):
+    return sorted(run.glob(f"step-00000030/*/{pattern}"))[0]
+
+
+def flip(path, position):
+    data = bytearray(path.read_bytes())
+    data[position] ^= 1
+    path.write_bytes(data)
+
+
+# --- ls ---
+
+
+def test_ls_shows_the_current_line(run, call):
+    code, out, err = call("ls", run)
+    lines = out.splitlines()
+    assert (code, err) == (0, "")
+    assert lines[0].split() == ["step", "gen", "time", "size", "loss", "best", "lr", "state"]
+    assert [line.split()[0] for line in lines[1:]] == ["10", "20", "*"]
+    assert lines[3].split()[1] == "30"
+    assert "3.333 @30" in lines[3]
+    assert "0.001  current" in lines[3]
+
+
+def test_ls_all_names_what_no_longer_counts(run, call_json, call):
+    save_steps(run, [25], resume=20)
+    log = RunLog(open_store(str(run)))
+    steps = {record.step: seq for seq, record in log.refresh().commits.items()}
+    retire(log, steps[10])
+    pin(log, steps[20])
+    save_steps(run, [26, 27], resume=25)
+    log.refresh()
+    quarantine(log, log.history.find_step(27).seq)
+    assert call("verify", run, "--step", 27)[0] == 0  # its files are kept, to be looked at
+    assert call("verify", run, "--step", 10)[0] == 3
+    code, found = call_json("ls", run, "--all")
+    assert code == 0
+    assert {c["step"]: c["state"] for c in found["checkpoints"]} == {
+        10: "retired",
+        20: "current",
+        30: "rolled back",
+        25: "current",
+        26: "current",
+        27: "quarantined",
+    }
+    assert [c["step"] for c in found["checkpoints"] if c["is_newest"]] == [26]
+    assert [c["step"] for c in found["checkpoints"] if c["is_pinned"]] == [20]
+    assert (found["newest_step"], found["generation"]) == (26, 3)
+    _, short = call_json("ls", run)
+    assert [c["step"] for c in short["checkpoints"]] == [20, 25, 26]
+    assert "current, pinned" in call("ls", run)[1]
+
+
+def test_ls_json_has_no_infinities(tmp_path, call_json):
+    with CheckpointManager(tmp_path) as checkpoints:
+        checkpoints.save(1, {"model": {"w": torch.ones(2)}}).result()
+    _, found = call_json("ls", tmp_path)
+    assert found["checkpoints"][0]["trainer"]["best_loss"] is None
+
+
+def write_log(root, count):
+    common = {"run": "0b0c3b1e-0000-4000-8000-000000000000", "created": "2026-01-01T00:00:00Z"}
+    opened = OpenRecord(**common, generation=1, resume_source=None, incarnation="x")
+    (root / "log").mkdir(parents=True)
+    (root / log_key(1)).write_bytes(encode(opened))
+    for seq in range(2, count + 2):
+        record = CommitRecord(
+            **common,
+            generation=1,
+            step=seq,
+            attempt=f"a{seq}",
+            manifest=DocumentRef(key=f"step-{seq:08d}/a{seq}/manifest.json", size=1, digest="x"),
+            parent=None,
+            num_bytes=10**9,
+            trainer=TrainerFacts(step=seq, metrics={"loss": 2.0}),
+        )
+        (root / log_key(seq)).write_bytes(encode(record))
+
+
+def test_ls_of_a_thousand_takes_less_than_a_second_and_no_torch(tmp_path):
+    write_log(tmp_path, 1000)
+    program = (
+        "import sys; from dcp_resume.cli.main import main; code = main(sys.argv[1:]);"
+        "assert not {'torch', 'numpy', 'fsspec'} & set(sys.modules); sys.exit(code)"
+    )
+    durations = []
+    for _ in range(3):
+        started = time.monotonic()
+        found = subprocess.run(
+            [sys.executable, "-c", program, "ls", tmp_path], capture_output=True, check=True
+        )
+        durations.append(time.monotonic() - started)
+    assert len(found.stdout.splitlines()) == 1001
+    assert min(durations) < 1.0, durations
+
+
+# --- inspect ---
+
+
+def test_inspect(run, call):
+    code, out, _ = call("inspect", run, "--step", "20", "--tensors")
+    assert code == 0
+    assert out.splitlines()[0].split() == ["step", "20"]
+    assert "samples      64, tokens 0" in out
+    assert "best loss    5 at step 20" in out
+    line = next(line for line in out.splitlines() if line.startswith("model.weight"))
+    assert line.split() == ["model.weight", "float32", "replicated", "4,", "8", "-", "128", "B"]
+
+
+def test_inspect_json(run, call_json):
+    code, found = call_json("inspect", run, "--step", "best", "--tensors")
+    assert code == 0
+    assert found["manifest"]["step"] == 30
+    assert {t["fqn"] for t in found["tensors"]} >= {"model.weight", "optim.state.weight.exp_avg"}
+    assert set(found["manifest"]["parts"]) == {"model", "optim", "trainer"}
+
+
+def test_a_copied_directory_needs_no_log(run, tmp_path, call, call_json):
+    copy = shutil.copytree(newest_file(run, "manifest.json").parent, tmp_path / "copy")
+    assert call("inspect", copy)[0] == 0
+    assert call("inspect", copy, "--step", 30)[0] == 0
+    assert call("inspect", copy, "--step", 20)[0] == 3
+    assert call_json("verify", copy)[1]["is_whole"] is True
+    assert call("reshard", copy, tmp_path / "out", "--to", "dp=1")[0] == 0
+    flip(copy / "catalog.json", 40)
+    code, _, err = call("inspect", copy)
+    assert code == 1
+    assert "catalog.json" in err
+
+
+# --- verify ---
+
+
+def test_verify_of_a_whole_run(run, call, call_json):
+    code, out, _ = call("verify", run)
+    assert code == 0
+    assert out.startswith("step 30 (step-00000030/")
+    code, found = call_json("verify", run, "--step", "all")
+    assert (code, found["is_whole"]) == (0, True)
+    assert [c["step"] for c in found["checkpoints"]] == [10, 20, 30]
+    sizes = sum(path.stat().st_size for path in run.glob("step-*/*/*.safetensors"))
+    assert sum(c["num_bytes"] for c in found["checkpoints"]) == sizes
+
+
+def problems_of(call_json, run):
+    code, found = call_json("verify", run)
+    assert code == 1
+    assert found["is_whole"] is False
+    return [
+        (p["where"].rpartition("/")[2], p["kind"], p["message"])
+        for p in found["checkpoints"][0]["problems"]
+    ]
+
+
+def test_verify_names_file_block_and_tensor(run, call_json, call):
+    victim = newest_file(run, "*-model-*.safetensors")
+    flip(victim, -1)
+    ((name, kind, message),) = problems_of(call_json, run)
+    assert (name, kind) == (victim.name, "digest")
+    assert "block 1 (" in message
+    assert "model.weight" in message
+    assert call("verify", run, "--step", 20)[0] == 0
+    code, out, _ = call("verify", run, "--step", "all")
+    assert (code, out.count("DAMAGED"), out.count("whole")) == (1, 1, 2)
+
+
+def test_verify_lists_every_problem(run, call_json):
+    model, optim = newest_file(run, "*-model-*"), newest_file(run, "*-optim-*")
+    trailing = newest_file(run, "*-trainer-*") if list(run.glob("*/*/*-trainer-*")) else None
+    assert trailing is None  # all of it is in the manifest
+    flip(model, 20)
+    optim.unlink()
+    found = problems_of(call_json, run)
+    assert [(name, kind) for name, kind, _ in found if name == optim.name] == [
+        (optim.name, "missing")
+    ]
+    assert {kind for name, kind, _ in found if name.startswith(model.name)} >= {"digest"}
+
+
+def test_verify_of_a_truncated_file(run, call_json):
+    victim = newest_file(run, "*-optim-*")
+    victim.write_bytes(victim.read_bytes()[:-7])
+    kinds = {kind for _, kind, _ in problems_of(call_json, run)}
+    assert kinds == {"size", "read"}
+
+
+@pytest.mark.parametrize(
+    ("name", "position"), [("manifest.json", 30), ("catalog.json", 30), ("chunk-index", -5)]
+)
+def test_verify_of_a_damaged_document(run, call_json, name, position):
+    flip(newest_file(run, name), position)
+    ((where, kind, _),) = problems_of(call_json, run)
+    assert (where, kind) == (name, "digest")
+
+
+@pytest.mark.parametrize("name", ["manifest.json", "catalog.json", "chunk-index"])
+def test_verify_of_a_missing_document(run, call_json, name):
+    newest_file(run, name).unlink()
+    ((where, kind, _),) = problems_of(call_json, run)
+    assert (where, kind) == (name, "missing")
+
+
+def test_a_newer_format_is_refused_by_name(run, tmp_path, call, call_json):
+    copy = shutil.copytree(newest_file(run, "manifest.json").parent, tmp_path / "copy")
+    manifest = json.loads((copy / "manifest.json").read_text())
+    manifest["format"]["major"] = 2
+    (copy / "manifest.json").write_text(json.dumps(manifest))
+    assert problems_of(call_json, copy)[0][1] == "major"
+    code, out, err = call("inspect", copy, "--json")
+    assert code == 1
+    assert json.loads(out)["error"]["type"] == "UnsupportedFormat"
+    assert "newer format" in err
+    assert "Traceback" not in err
+
+
+def test_a_damaged_log_record(run, call):
+    flip(run / log_key(2), 0)
+    code, _, err = call("ls", run)
+    assert code == 1
+    assert err.startswith("dcp-resume: ")
+    assert log_key(2) in err
+
+
+# --- reshard ---
+
+
+def test_reshard(run, tmp_path, call, call_json):
+    layout = tmp_path / "layout.json"
+    layout.write_text('{"rules": [{"match": "model.weight", "tp": 0}]}')
+    target = tmp_path / "b"
+    code, found = call_json("reshard", run, target, "--to", "tp=2", "--layout", layout)
+    assert code == 0
+    assert (found["step"], found["world_size"], found["mesh"]) == (30, 2, "tp=2")
+    kept = {item["fqn"] for item in found["kept_replicated"]}
+    assert "model.bias" in kept
+    assert not {"model.weight", "optim.state.weight.exp_avg"} & kept
+    assert call("verify", target)[0] == 0
+    code, out, _ = call("reshard", run, target, "--to", "tp=4", "--step", 20)
+    assert code == 0
+    assert "kept replicated" in out
+    assert [c["step"] for c in call_json("ls", target)[1]["checkpoints"]] == [30, 20]
+    code, out, err = call("reshard", run, tmp_path / "c", "--to", "tp=2", "--strict")
+    assert (code, out) == (1, "")
+    assert "model.weight" in err
+    assert not (tmp_path / "c").exists()
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("{", "cannot read"),
+        ("[]", "expected an object"),
+        ('{"rule": []}', "unknown field 'rule'"),
+        ('{"rules": [{"tp": 0}]}', "'match'"),
+        ('{"rules": [{"match": "*", "tp": -1}], "axes": 3}', "axes"),
+        ('{"rules": [{"match": "*.weight", "tp": 7}]}', "dim 7"),
+    ],
+)
+def test_wrong_layout_files(run, tmp_path, call, text, message):
+    (tmp_path / "layout.json").write_text(text)
+    code, _, err = call(
+        "reshard", run, tmp_path / "b", "--to", "tp=2", "--layout", tmp_path / "layout.json"
+    )
+    assert code == 2
+    assert message in err
+    assert not (tmp_path / "b").exists()
+
+
+# --- arguments and errors ---
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        [],
+        ["frobnicate"],
+        ["ls"],
+        ["inspect", "x", "--step", "newest"],
+        ["verify", "x", "--step", "-1"],
+        ["reshard", "a", "b"],
+        ["ls", "memory://x", "--storage-option", "novalue"],
+        ["ls", "runs", "--storage-option", "key=value"],
+        ["ls", "nosuchscheme://x"],
+        ["reshard", "a", "b", "--to", "tp=two"],
+        ["reshard", "a", "b", "--to", "tp=2", "--layout", "/nonexistent.json"],
+        ["reshard", "a", "b", "--to", "tp=2", "--window-mib", "0"],
+    ],
+)
+def test_wrong_arguments(call, words):
+    code, out, err = call(*words)
+    assert (code, out) == (2, "")
+    assert err
+
+
+@pytest.mark.parametrize("verb", ["ls", "inspect", "verify"])
+def test_no_run(tmp_path, call, verb):
+    code, out, err = call(verb, tmp_path / "nothing")
+    assert (code, out) == (3, "")
+    assert len(err.splitlines()) == 1
+
+
+def test_no_such_step(run, call):
+    code, _, err = call("inspect", run, "--step", 11)
+    assert code == 3
+    assert "[10, 20, 30]" in err
+
+
+def test_a_store_that_fails(run, call, monkeypatch):
+    def refuse(self, prefix, *, start_after=""):
+        raise StorageDenied(f"cannot list {prefix}", url=self.url, key=prefix)
+
+    monkeypatch.setattr(PosixStore, "list", refuse)
+    for words in (["ls", run], ["verify", run], ["reshard", run, run, "--to", "tp=2"]):
+        code, out, err = call(*words)
+        assert (code, out, err) == (4, "", "dcp-resume: cannot list log/\n")
+
+
+def test_debug_shows_the_traceback(tmp_path, call):
+    assert "Traceback" in call("ls", tmp_path, "--debug")[2]
+
+
+def test_interrupted(run, call, monkeypatch):
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(list_run, "open_url", interrupt)
+    code, _, err = call("ls", run)
+    assert code == 130
+    assert "Traceback" not in err
+
+
+@pytest.mark.parametrize("verb", [None, "ls", "inspect", "verify", "reshard"])
+def test_help_teaches(call, verb):
+    code, out, _ = call(*[word for word in (verb, "--help") if word])
+    assert code == 0
+    assert "examples:" in out
+    assert "exit codes:" in out
+
+
+def test_as_a_module(run):
+    module = [sys.executable, "-m", "dcp_resume", "ls", str(run)]
+    found = subprocess.run(module, capture_output=True, text=True, check=True)
+    assert len(found.stdout.splitlines()) == 4
+
+
+def test_a_terminal_without_rich_gets_plain_text(run, call, monkeypatch):
+    plain = call("ls", run)[1]
+    monkeypatch.setattr(printing, "_is_terminal", lambda: True)
+    with_rich = call("ls", run)[1]
+    assert with_rich.split() == plain.split()
+    monkeypatch.setitem(sys.modules, "rich.console", None)
+    assert call("ls", run)[1] == plain
