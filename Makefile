@@ -48,7 +48,7 @@ check: lint test  ## before every commit
 
 ci: lint docker-lint test-all  ## what CI runs
 
-docs-lint:  ## every link and every Python block of the documents
+docs-lint:  ## every link, table and Python block of the documents
 	$(PYTEST) tests/docs
 
 docker-lint:  ## the Dockerfile and the compose file

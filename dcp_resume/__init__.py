@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from dcp_resume import errors, events
+    from dcp_resume.format.leaves import register_enum
     from dcp_resume.manager.checkpoint_manager import CheckpointManager
     from dcp_resume.manager.pending import PendingSave
     from dcp_resume.manager.settings import SaveMode, Settings, WhenBusy
@@ -53,6 +54,7 @@ else:
         "errors": "dcp_resume.errors",
         "events": "dcp_resume.events",
         "open_store": "dcp_resume.storage.opening",
+        "register_enum": "dcp_resume.format.leaves",
     }
 
     def __getattr__(name: str) -> object:
@@ -87,4 +89,5 @@ __all__ = [
     "errors",
     "events",
     "open_store",
+    "register_enum",
 ]

@@ -56,6 +56,20 @@ class GlobalPlan:
     inline: Mapping[str, bytes]
     """FQN → bytes that the coordinator itself writes."""
 
+    @property
+    def stages(self) -> tuple[tuple[int, ...], ...] | None:
+        """Per pipeline stage the global layers it holds, where the layers' names tell them apart.
+
+        None if all ranks hold the same layers.
+        """
+        held = {
+            tuple(sorted({layer for g in ids if (layer := self.tensors[g].layer) is not None}))
+            for ids in self.local_ids
+        }
+        stages = sorted(layers for layers in held if layers)
+        are_apart = sum(map(len, stages)) == len({layer for s in stages for layer in s})
+        return tuple(stages) if len(stages) > 1 and are_apart else None
+
     def rank_plan(self, rank: int) -> RankPlan:
         """The part of the plan that ``rank`` carries out."""
         files, file, rows = self.layout.of_rank(rank)

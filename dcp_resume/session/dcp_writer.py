@@ -40,6 +40,7 @@ from dcp_resume.session.attempt import Attempt, RankOrder
 from dcp_resume.session.documents import Facts
 from dcp_resume.session.incarnation import incarnation_of
 from dcp_resume.session.save import SaveResult, SaveSession
+from dcp_resume.session.staging import snapshot
 from dcp_resume.session.writing import ChunkSource, RankReport, RankSource, stage_rank, write_rank
 
 __all__ = ["Writer"]
@@ -108,7 +109,8 @@ class Writer(StorageWriter):
         """Agree and copy the state into host buffers, before ``async_save`` returns.
 
         Returns:
-            The state dict itself: what is written comes from the buffers.
+            With ``votes="store"`` the state dict itself: what is written comes from the buffers.
+            With a group of its own, a copy of the state.
 
         Raises:
             ConfigurationError: DCP's collectives would run in the background on the trainer's
@@ -118,7 +120,7 @@ class Writer(StorageWriter):
         """
         if self._votes == "dcp":
             if self._own_group:
-                return state_dict
+                return dict(snapshot(state_dict))
             raise ConfigurationError(
                 "async_save would run DCP's collectives in a thread beside the trainer's. Use "
                 "dcp.async_save(…, no_dist=True, storage_writer=Writer(…, votes='store')), or pass "

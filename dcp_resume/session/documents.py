@@ -48,7 +48,7 @@ class Facts:
     model: Mapping[str, Any] = field(default_factory=dict)
     optimizer: Mapping[str, Any] = field(default_factory=dict)
     stages: tuple[tuple[int, ...], ...] | None = None
-    """Per pipeline stage the global layers it holds."""
+    """Per pipeline stage the global layers it holds; None to tell by the layers' names."""
     virtual_stages: int = 1
 
 
@@ -117,7 +117,7 @@ def build_documents(
         topology=Topology(
             world_size=plan.world_size,
             meshes=plan.meshes,
-            stages=facts.stages,
+            stages=facts.stages or plan.stages,
             virtual_stages=facts.virtual_stages,
         ),
         trainer=facts.trainer,

@@ -6,15 +6,17 @@ development machine: 16–18 GB/s against 0.6–1.5 GB/s), so buffers outlive th
 
 from __future__ import annotations
 
+import copy
 import threading
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 
 from dcp_resume.format.tensor_bytes import as_bytes
 
-__all__ = ["BufferPool", "StagedFile", "stage_chunks"]
+__all__ = ["BufferPool", "StagedFile", "borrow_chunks", "snapshot", "stage_chunks"]
 
 _GRAIN = 1 << 20
 """Buffers are sized in MiB, so that a state that grows by a few bytes still finds one."""
@@ -106,3 +108,18 @@ def _typed(place: torch.Tensor, source: torch.Tensor) -> torch.Tensor:
     Places are aligned, because wide dtypes come first in a file.
     """
     return place.view(source.dtype).view(source.shape)
+
+
+def snapshot(state: Any) -> Any:
+    """A copy of a state dict that no later change of the original reaches.
+
+    For planners that hold on to the state dict itself; it takes fresh memory, unlike
+    ``stage_chunks``.
+    """
+    if isinstance(state, torch.Tensor):
+        return state.detach().clone()
+    if isinstance(state, Mapping):
+        return {key: snapshot(value) for key, value in state.items()}
+    if type(state) in (list, tuple):
+        return type(state)(snapshot(value) for value in state)
+    return copy.deepcopy(state)

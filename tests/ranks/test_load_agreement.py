@@ -164,9 +164,7 @@ def load_parts(root: str, name: str, parts: tuple[str, ...]) -> list[Any]:
     has_state = any(optimizer.state for optimizer in trainee.optimizers)
     wrong = {fqn.split(".")[0] for fqn in differences(trainee, whole_state())}
     kept = {fqn: t for fqn, t in before.tensors() if fqn.startswith("model")}
-    unchanged = all(
-        _same(tensor, kept[fqn]) for fqn, tensor in trainee.tensors() if fqn in kept
-    )
+    unchanged = all(_same(tensor, kept[fqn]) for fqn, tensor in trainee.tensors() if fqn in kept)
     return [wrong, has_state, unchanged]
 
 

@@ -110,6 +110,22 @@ def test_async_save_leaves_the_trainers_group_alone(ranks, tmp_path):
     assert ranks.run(load, 2, str(tmp_path), "stock", 1) == [[], []]
 
 
+def save_over_a_group_of_its_own(url: str) -> None:
+    state = sharded_state(0)
+    group = dist.new_group(backend="gloo")
+    writer = Writer(url, step=7, own_group=True)
+    future = dcp.async_save(state, storage_writer=writer, process_group=group)
+    for tensor in state["model"].values():
+        tensor.to_local().fill_(99.0)
+    future.result()
+    forget_incarnations()
+
+
+def test_async_save_over_a_group_of_its_own_copies_the_state(ranks, tmp_path):
+    ranks.run(save_over_a_group_of_its_own, 2, str(tmp_path))
+    assert ranks.run(load, 2, str(tmp_path), "stock", 0) == [[], []]
+
+
 def refuse_async(url: str) -> str:
     try:
         dcp.async_save(sharded_state(0), storage_writer=Writer(url, step=7))

@@ -1,0 +1,115 @@
+"""A run with two checkpoints, and ways to damage the newer one on storage."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from dcp_resume import CheckpointManager, SaveMode, Settings
+from dcp_resume.format.chunk_index import ChunkIndex
+from dcp_resume.format.digests import digest_bytes, digest_hex
+
+__all__ = ["NUM_PARTS", "OLDER", "NEWER", "DamagedRun", "changed_parts", "state_at"]
+
+OLDER, NEWER = 10, 20
+NUM_PARTS = 12
+"""Files, and so reads: more than the readers, so that some are done before the last one."""
+
+Edit = Callable[[Any], Any]
+
+
+def state_at(step: int) -> dict[str, Any]:
+    """The state after a step: one tensor a part, and a value."""
+    parts: dict[str, Any] = {
+        f"p{n:02}": {"w": torch.arange(60.0).reshape(6, 10) + 100 * n + step}
+        for n in range(NUM_PARTS)
+    }
+    return {**parts, "data": {"epoch": step, "path": [1, step]}}
+
+
+def changed_parts(state: dict[str, Any], step: int) -> set[str]:
+    """FQNs of tensors that are not those of ``step`` any more."""
+    expected = state_at(step)
+    names = (f"p{n:02}" for n in range(NUM_PARTS))
+    return {f"{n}.w" for n in names if not torch.equal(state[n]["w"], expected[n]["w"])}
+
+
+class DamagedRun:
+    """A directory with checkpoints of step 10 and 20."""
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+        with CheckpointManager(root, Settings(mode=SaveMode.BLOCKING)) as checkpoints:
+            checkpoints.save(OLDER, state_at(OLDER))
+            checkpoints.save(NEWER, state_at(NEWER))
+
+    def attempt(self, step: int = NEWER) -> Path:
+        """Directory of a checkpoint."""
+        (directory,) = (self.root / f"step-{step:08}").iterdir()
+        return directory
+
+    def data_file(self, part: int, step: int = NEWER) -> Path:
+        """The data file of a part."""
+        (path,) = self.attempt(step).glob(f"shard-00001-p{part:02}-*.safetensors")
+        return path
+
+    def commit_record(self, step: int = NEWER) -> Path:
+        """The log record that commits a step."""
+        records = (self.root / "log").iterdir()
+        (found,) = (path for path in records if json.loads(path.read_bytes()).get("step") == step)
+        return found
+
+    def edit_manifest(self, edit: Edit) -> None:
+        """Change the manifest's document, in place, with every digest right."""
+        path = self.attempt() / "manifest.json"
+        document = json.loads(path.read_bytes())
+        edit(document)
+        path.write_bytes(json.dumps(document).encode())
+        record = json.loads(self.commit_record().read_bytes())
+        record["manifest"] |= _reference(path)
+        self.commit_record().write_bytes(json.dumps(record).encode())
+
+    def edit_catalog(self, edit: Edit) -> None:
+        """Change the catalog's document, in place, with every digest right."""
+        path = self.attempt() / "catalog.json"
+        document = json.loads(path.read_bytes())
+        edit(document)
+        path.write_bytes(json.dumps(document).encode())
+        self.edit_manifest(lambda manifest: manifest["catalog"].update(_reference(path)))
+
+    def edit_index(self, edit: Callable[[ChunkIndex], ChunkIndex]) -> None:
+        """Replace the chunk index, with every digest right."""
+        path = self.attempt() / "chunk-index"
+        self.write_index(edit(ChunkIndex.from_bytes(path.read_bytes(), "index")).to_bytes())
+
+    def write_index(self, data: bytes) -> None:
+        """Replace the bytes of the chunk index, with every digest right."""
+        path = self.attempt() / "chunk-index"
+        path.write_bytes(data)
+        reference = {**_reference(path), "block_digests": [digest_bytes([data]).hex()]}
+        self.edit_manifest(lambda manifest: manifest["chunk_index"].update(reference))
+
+
+def flip(path: Path, position: int) -> None:
+    """Invert one bit of one byte; negative positions count from the end."""
+    data = bytearray(path.read_bytes())
+    data[position] ^= 1
+    path.write_bytes(bytes(data))
+
+
+def flips(path: Path, step: int) -> Iterator[int]:
+    """Every ``step``-th byte of a file, flipped while it is yielded."""
+    whole = path.read_bytes()
+    for position in range(0, len(whole), step):
+        flip(path, position)
+        yield position
+        path.write_bytes(whole)
+
+
+def _reference(path: Path) -> dict[str, Any]:
+    data = path.read_bytes()
+    return {"size": len(data), "digest": digest_hex(data)}
