@@ -16,9 +16,7 @@ from dcp_resume.errors import DcpResumeError, Problem
 from dcp_resume.session.error_wire import decode_error, encode_error
 
 CLASSES = [
-    cls
-    for _, cls in inspect.getmembers(errors, inspect.isclass)
-    if issubclass(cls, DcpResumeError)
+    cls for _, cls in inspect.getmembers(errors, inspect.isclass) if issubclass(cls, DcpResumeError)
 ]
 EXAMPLES = {
     "problems": (Problem("a.b", "kind", "expected 1, found 2"),),

@@ -69,7 +69,9 @@ def test_torch_distributed_stays_in_planning_session_and_manager():
         if any(is_under(m, "torch.distributed.checkpoint") for m in imports(tree))
     }
     assert users <= {"planning", "session", "manager"}
-    assert not any("torch.distributed.checkpoint._" in m for t in TREES.values() for m in imports(t))
+    assert not any(
+        "torch.distributed.checkpoint._" in m for t in TREES.values() for m in imports(t)
+    )
 
 
 @pytest.mark.parametrize("name", TREES)

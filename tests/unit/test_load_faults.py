@@ -109,7 +109,11 @@ DAMAGES = {
     "manifest byte": (lambda r: flip(r.attempt() / "manifest.json", 40), CorruptData, "digest"),
     "catalog byte": (lambda r: flip(r.attempt() / "catalog.json", 40), CorruptData, "digest"),
     "index byte": (lambda r: flip(r.attempt() / "chunk-index", -1), CorruptData, "digest"),
-    "manifest gone": (lambda r: (r.attempt() / "manifest.json").unlink(), InvalidDocument, "missing"),
+    "manifest gone": (
+        lambda r: (r.attempt() / "manifest.json").unlink(),
+        InvalidDocument,
+        "missing",
+    ),
     "catalog gone": (lambda r: (r.attempt() / "catalog.json").unlink(), InvalidDocument, "missing"),
     "index gone": (lambda r: (r.attempt() / "chunk-index").unlink(), InvalidDocument, "missing"),
     "manifest cut": (lambda r: truncate(r.attempt() / "manifest.json"), CorruptData, "digest"),
@@ -126,10 +130,10 @@ DAMAGES = {
         InvalidDocument,
         "duplicate",
     ),
-    "hole": (
+    "chunk too small": (
         lambda r: r.edit_index(lambda i: with_box(i, [0, 0, 6, 10], [0, 0, 5, 10])),
         InvalidDocument,
-        None,
+        "size",
     ),
     "out of bounds": (
         lambda r: r.edit_index(lambda i: with_box(i, [0, 0, 6, 10], [1, 0, 6, 10])),
@@ -139,7 +143,7 @@ DAMAGES = {
     "huge box": (
         lambda r: r.edit_index(lambda i: with_box(i, [0, 0, 6, 10], [0, 0, 2**62, 2**62])),
         InvalidCheckpoint,
-        None,
+        "bounds",
     ),
     "huge counts": (
         lambda r: r.edit_manifest(set_count("chunks", 2**62)),
@@ -151,7 +155,7 @@ DAMAGES = {
             (r.attempt() / "chunk-index").read_bytes()[:8] + b"\xff" * 8 + b"\0" * 64
         ),
         InvalidDocument,
-        None,
+        "header",
     ),
     "one digest less": (
         lambda r: r.edit_index(
@@ -186,13 +190,15 @@ def test_damage_is_refused_by_name_and_nothing_changes(run, name):
     error, state = load(run)
 
     assert isinstance(error, kind_of_error)
-    assert kind is None or kind in kinds(error)
+    assert kind in kinds(error)
     assert error.problems
     assert changed_parts(state, BEFORE) == set()
     assert state["data"] == state_at(BEFORE)["data"]
 
 
-@pytest.mark.parametrize("name", [name for name in DAMAGES if DAMAGES[name][1] is not UnsupportedFormat])
+@pytest.mark.parametrize(
+    "name", [name for name in DAMAGES if DAMAGES[name][1] is not UnsupportedFormat]
+)
 def test_resume_falls_back_to_the_older_checkpoint(run, skipped, name):
     DAMAGES[name][0](run)
 
