@@ -8,7 +8,7 @@ PYTEST = $(PY) -m pytest -q
 export OMP_NUM_THREADS ?= 1
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo demo-s3 test test-ranks test-s3 test-all lint check ci docs-lint docker-lint
+.PHONY: help setup demo demo-s3 test test-ranks test-s3 test-ceph test-all lint check ci docs-lint docker-lint
 
 help:  ## list the verbs
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' Makefile
@@ -35,7 +35,10 @@ test-ranks:  ## several processes: meshes, crashes, torchrun jobs
 test-s3:  ## against the S3 server process
 	$(PYTEST) -m s3
 
-test-all:  ## every test
+test-ceph:  ## against Ceph; needs Debian's ceph-mon ceph-osd radosgw ceph-common
+	$(PYTEST) --ceph -m ceph
+
+test-all:  ## every test but Ceph's
 	$(PYTEST)
 
 lint:  ## format, lint, types, layers

@@ -103,6 +103,7 @@ class CheckpointManager:
             The save; already committed in ``SaveMode.BLOCKING``.
 
         Raises:
+            ConfigurationError: ``step`` is negative, or not the one that the trainer state is at.
             SaveInProgress: One is running, and the policy is to refuse.
             RankErrors: A rank failed.
             RankSilent: A rank did not answer by the deadline.
@@ -111,6 +112,8 @@ class CheckpointManager:
             SaveError: This save, or an earlier one in the background, did not commit.
             StorageError: The store failed on the coordinator.
         """
+        if step < 0:
+            raise ConfigurationError(f"step must not be negative, got {step}", option="step")
         self._finish_previous(step)
         if self._run is None:
             self._own(lambda history: self._loaded_seq)

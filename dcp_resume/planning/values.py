@@ -51,8 +51,11 @@ def _unite(plans: Sequence[LocalPlan]) -> dict[str, Leaf]:
     merged: dict[str, Leaf] = {}
     holder: dict[str, int] = {}
     problems: list[Problem] = []
-    # Ranks of one SPMD group send equal bytes: those are read once.
-    for plan in {plan.values: plan for plan in reversed(plans)}.values():
+    first: dict[bytes, LocalPlan] = {}
+    for plan in plans:
+        # Ranks of one SPMD group send equal bytes: those are read once.
+        first.setdefault(plan.values, plan)
+    for plan in first.values():
         for fqn, leaf in unpack_leaves(plan.values, f"plan of rank {plan.rank}").items():
             if fqn not in merged:
                 merged[fqn], holder[fqn] = leaf, plan.rank

@@ -153,8 +153,8 @@ def _file_entries(
 ) -> tuple[FileEntry, ...]:
     sizes = np.concatenate([report.sizes for report in reports]).tolist()
     headers = np.concatenate([report.header_sizes for report in reports]).tolist()
-    ends = np.cumsum(np.concatenate([report.num_blocks for report in reports])).tolist()
-    starts = [0, *ends[:-1]]
+    num_blocks = np.concatenate([report.num_blocks for report in reports])
+    ends = np.cumsum(num_blocks)
     return tuple(
         FileEntry(
             key=name,
@@ -170,8 +170,8 @@ def _file_entries(
             plan.layout.ranks.tolist(),
             sizes,
             headers,
-            starts,
-            ends,
+            (ends - num_blocks).tolist(),
+            ends.tolist(),
             strict=True,
         )
     )

@@ -67,9 +67,6 @@ class SaveSession:
         step: Optimizer steps completed.
         facts: For the manifest; the coordinator's count.
         declarations: What the caller knows of its leaves.
-
-    Raises:
-        ConfigurationError: ``step`` is negative.
     """
 
     def __init__(
@@ -81,8 +78,6 @@ class SaveSession:
         facts: Facts,
         declarations: Declarations | None = None,
     ) -> None:
-        if step < 0:
-            raise ConfigurationError(f"step must not be negative, got {step}", option="step")
         self._run = run
         self._votes = votes
         self._step = step

@@ -20,6 +20,8 @@ from dcp_resume.planning.balance import assign_writers, share_rows
 from dcp_resume.planning.merge import merge
 from dcp_resume.planning.plans import LocalPlan, RankPlan, encode_structure, pad_boxes
 
+SEEDED = settings(derandomize=True, deadline=None)
+
 NO_VALUES = pack_leaves({})
 
 
@@ -86,7 +88,7 @@ def plans_of(num_ranks, tensors):
 
 
 @given(worlds(), st.sampled_from([1, 32, 1 << 30]))
-@settings(max_examples=150, deadline=None)
+@settings(SEEDED, max_examples=150)
 def test_one_holder_writes_each_element(world, cut_bytes):
     num_ranks, tensors = world
     plans = plans_of(num_ranks, tensors)
@@ -123,7 +125,7 @@ def _fqns(plan):
 
 
 @given(worlds(), st.data())
-@settings(max_examples=50, deadline=None)
+@settings(SEEDED, max_examples=50)
 def test_a_missing_chunk_is_refused_by_name(world, data):
     num_ranks, tensors = world
     e, boxes = data.draw(st.sampled_from(tensors))
@@ -138,7 +140,7 @@ def test_a_missing_chunk_is_refused_by_name(world, data):
 
 
 @given(st.integers(2, 6), st.data())
-@settings(max_examples=50, deadline=None)
+@settings(SEEDED, max_examples=50)
 def test_replicas_that_differ_are_refused_by_name(num_ranks, data):
     odd = data.draw(st.integers(0, num_ranks - 1))
     plans = []
@@ -156,7 +158,7 @@ def test_replicas_that_differ_are_refused_by_name(num_ranks, data):
 
 
 @given(st.lists(st.integers(1, 50), min_size=1, max_size=7), st.integers(1, 3))
-@settings(max_examples=100, deadline=None)
+@settings(SEEDED, max_examples=100)
 def test_largest_first_is_within_four_thirds_of_the_best(sizes, num_ranks):
     loads = np.zeros(num_ranks, np.int64)
     everyone = [list(range(num_ranks))] * len(sizes)
@@ -165,13 +167,8 @@ def test_largest_first_is_within_four_thirds_of_the_best(sizes, num_ranks):
 
     assert cut == []
     assert sorted(writers) == list(range(len(sizes)))
-    best = min(
-        max(
-            sum(s for s, r in zip(sizes, choice, strict=True) if r == rank)
-            for rank in range(num_ranks)
-        )
-        for choice in itertools.product(range(num_ranks), repeat=len(sizes))
-    )
+    choices = itertools.product(range(num_ranks), repeat=len(sizes))
+    best = min(int(np.bincount(choice, sizes).max()) for choice in choices)
     assert int(loads.max()) * 3 <= best * 4
     assert int(loads.sum()) == sum(sizes)
 
@@ -181,6 +178,7 @@ def test_largest_first_is_within_four_thirds_of_the_best(sizes, num_ranks):
     st.integers(0, 64),
     st.lists(st.integers(0, 10_000), min_size=1, max_size=9),
 )
+@settings(SEEDED)
 def test_shared_rows_sum_up_and_level_the_holders(num_rows, row_bytes, loads):
     rows = share_rows(num_rows, row_bytes, loads)
 

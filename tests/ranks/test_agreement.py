@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
-import resource
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -20,6 +18,7 @@ from dcp_resume.errors import (
     SaveInProgress,
     StoreNotShared,
 )
+from tests.support.damage import small_files
 
 pytestmark = pytest.mark.ranks
 
@@ -53,17 +52,6 @@ class Refusing:
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         raise RuntimeError("no state today")
-
-
-@contextlib.contextmanager
-def small_files(num_bytes: int, *, is_on: bool) -> Iterator[None]:
-    """The operating system refuses larger files to this process: a disk that fails one rank."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (num_bytes if is_on else soft, hard))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
 def save_with_bad_leaf(root: str) -> list[Any]:

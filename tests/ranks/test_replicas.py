@@ -14,7 +14,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Replicate, distribute_tensor
 
 from dcp_resume import CheckpointManager, Declarations, SaveMode, Settings
-from dcp_resume.errors import ReplicaMismatch, RankErrors
+from dcp_resume.errors import RankErrors, ReplicaMismatch
 from tests.ranks.test_agreement import BLOCKING, DEADLINE_S, error_of
 
 pytestmark = pytest.mark.ranks

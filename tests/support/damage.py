@@ -1,8 +1,10 @@
-"""A run with two checkpoints, and ways to damage the newer one on storage."""
+"""A run with two checkpoints, ways to damage the newer one, and a disk that refuses."""
 
 from __future__ import annotations
 
+import contextlib
 import json
+import resource
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -13,7 +15,17 @@ from dcp_resume import CheckpointManager, SaveMode, Settings
 from dcp_resume.format.chunk_index import ChunkIndex
 from dcp_resume.format.digests import digest_bytes, digest_hex
 
-__all__ = ["NUM_PARTS", "OLDER", "NEWER", "DamagedRun", "changed_parts", "state_at"]
+__all__ = [
+    "NEWER",
+    "NUM_PARTS",
+    "OLDER",
+    "DamagedRun",
+    "changed_parts",
+    "flip",
+    "flips",
+    "small_files",
+    "state_at",
+]
 
 OLDER, NEWER = 10, 20
 NUM_PARTS = 12
@@ -108,6 +120,17 @@ def flips(path: Path, step: int) -> Iterator[int]:
         flip(path, position)
         yield position
         path.write_bytes(whole)
+
+
+@contextlib.contextmanager
+def small_files(num_bytes: int, *, is_on: bool = True) -> Iterator[None]:
+    """The operating system refuses larger files to this process: a disk that fails one rank."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (num_bytes if is_on else soft, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
 def _reference(path: Path) -> dict[str, Any]:

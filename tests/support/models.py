@@ -1,4 +1,4 @@
-"""A small model under ten layouts of ranks, whose whole state every rank knows without asking.
+"""A small model under many layouts of ranks, whose whole state every rank knows without asking.
 
 Parameters are a function of their names, and so are the gradients of two real AdamW steps: each
 layout of torch's own (``parallelize_module``, ``fully_shard``, pipeline stages) must hold shards of
@@ -205,6 +205,16 @@ def _hsdp2_2() -> tuple[Model, Callable[[Model], object]]:
     return Model(), _sharded(_mesh(replicate=2, shard=2))
 
 
+def _hsdp2_2_tp2() -> tuple[Model, Callable[[Model], object]]:
+    mesh = _mesh(replicate=2, shard=2, tp=2)
+
+    def apply(part: Model) -> None:
+        _tensor_parallel(mesh["tp"])(part)
+        _sharded(mesh["replicate", "shard"])(part)
+
+    return Model(), apply
+
+
 def _pp2() -> tuple[Model, Callable[[Model], object]]:
     return _stage(dist.get_rank(), 2), lambda part: None
 
@@ -242,6 +252,7 @@ LAYOUTS = {
         Layout("fsdp4", 4, lambda: _fsdp(4)),
         Layout("fsdp2_tp2", 4, _fsdp2_tp2),
         Layout("hsdp2_2", 4, _hsdp2_2),
+        Layout("hsdp2_2_tp2", 8, _hsdp2_2_tp2),
         Layout("pp2", 2, _pp2),
         Layout("pp2_tp2", 4, _pp2_tp2),
         Layout("dp2_tp2", 4, _dp2_tp2),

@@ -12,9 +12,9 @@ from dcp_resume import Apply, CheckpointManager, LoadOptions, SaveMode, Settings
 from dcp_resume.errors import (
     CorruptData,
     DcpResumeError,
-    Fenced,
     InvalidCheckpoint,
     InvalidDocument,
+    LoadRefused,
     PartialLoad,
     UnsupportedFormat,
 )
@@ -76,6 +76,10 @@ def truncate(path):
     path.write_bytes(path.read_bytes()[:-1])
 
 
+def unlink(run, name):
+    (run.attempt() / name).unlink()
+
+
 def with_box(index, old, new):
     """Exchange one box of the first tensor; ``old`` and ``new`` are offsets and sizes."""
     values = index.box_values.copy()
@@ -110,12 +114,12 @@ DAMAGES = {
     "catalog byte": (lambda r: flip(r.attempt() / "catalog.json", 40), CorruptData, "digest"),
     "index byte": (lambda r: flip(r.attempt() / "chunk-index", -1), CorruptData, "digest"),
     "manifest gone": (
-        lambda r: (r.attempt() / "manifest.json").unlink(),
+        lambda r: unlink(r, "manifest.json"),
         InvalidDocument,
         "missing",
     ),
-    "catalog gone": (lambda r: (r.attempt() / "catalog.json").unlink(), InvalidDocument, "missing"),
-    "index gone": (lambda r: (r.attempt() / "chunk-index").unlink(), InvalidDocument, "missing"),
+    "catalog gone": (lambda r: unlink(r, "catalog.json"), InvalidDocument, "missing"),
+    "index gone": (lambda r: unlink(r, "chunk-index"), InvalidDocument, "missing"),
     "manifest cut": (lambda r: truncate(r.attempt() / "manifest.json"), CorruptData, "digest"),
     "data cut": (lambda r: truncate(r.data_file(3)), InvalidCheckpoint, "size"),
     "data gone": (lambda r: r.data_file(3).unlink(), InvalidCheckpoint, "missing"),
@@ -196,9 +200,7 @@ def test_damage_is_refused_by_name_and_nothing_changes(run, name):
     assert state["data"] == state_at(BEFORE)["data"]
 
 
-@pytest.mark.parametrize(
-    "name", [name for name in DAMAGES if DAMAGES[name][1] is not UnsupportedFormat]
-)
+@pytest.mark.parametrize("name", [n for n, d in DAMAGES.items() if d[1] is not UnsupportedFormat])
 def test_resume_falls_back_to_the_older_checkpoint(run, skipped, name):
     DAMAGES[name][0](run)
 
@@ -220,6 +222,20 @@ def test_a_newer_format_is_not_taken_for_damage(run):
 
     with CheckpointManager(run.root) as checkpoints:
         assert checkpoints.steps() == [OLDER, NEWER]
+
+
+def test_a_value_that_cannot_be_decoded_is_refused_before_anything_changes(run):
+    def edit(manifest):
+        (leaf,) = [leaf for leaf in manifest["leaves"] if leaf["fqn"] == "data.path"]
+        leaf["value"] = {"$enum": ["no.such.Class", "MEMBER"]}
+
+    run.edit_manifest(edit)
+
+    error, state = load(run)
+
+    assert isinstance(error, LoadRefused)
+    assert [(p.where, p.kind) for p in error.problems] == [("data.path", "leaf")]
+    assert changed_parts(state, BEFORE) == set()
 
 
 def test_all_faults_are_listed_at_once(run):
@@ -322,37 +338,6 @@ def test_any_bit_of_a_document_is_noticed(run, name):
         error, state = load(run)
         assert isinstance(error, InvalidCheckpoint), position
         assert changed_parts(state, BEFORE) == set()
-
-
-def test_a_zombie_is_fenced(tmp_path):
-    with CheckpointManager(tmp_path, BLOCKING) as zombie:
-        zombie.save(1, state_at(1))
-        with CheckpointManager(tmp_path, BLOCKING) as successor:
-            successor.resume(state_at(0))
-            for step in (2, 3):
-                with pytest.raises(Fenced):
-                    zombie.save(step, state_at(step))
-            successor.save(2, state_at(22))
-        with pytest.raises(Fenced):
-            zombie.save(4, state_at(4))
-        assert zombie.steps() == [1, 2]
-        state = state_at(0)
-        zombie.load(state)
-        assert changed_parts(state, 22) == set()
-
-
-def test_a_rollback_holds_before_its_first_save(run):
-    with CheckpointManager(run.root, BLOCKING) as checkpoints:
-        assert checkpoints.resume(state_at(0), OLDER).step == OLDER
-    # Killed here: the next job must not go back to what was rolled back.
-    with CheckpointManager(run.root, BLOCKING) as checkpoints:
-        state = state_at(0)
-        assert checkpoints.resume(state).step == OLDER
-        assert changed_parts(state, OLDER) == set()
-        checkpoints.save(NEWER, state_at(99))
-        assert checkpoints.steps() == [OLDER, NEWER]
-        checkpoints.load(state)
-        assert changed_parts(state, 99) == set()
 
 
 def test_overlapping_boxes(run):
