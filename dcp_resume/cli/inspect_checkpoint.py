@@ -29,6 +29,8 @@ _EXAMPLES = """\
   dcp-resume inspect /backup/step-00000400/k3v9 --json
 """
 
+_SHOWN_RANKS = 8
+
 
 def add_parser(verbs: Verbs) -> None:
     """Add the verb."""
@@ -111,8 +113,11 @@ def _lines(manifest: Manifest) -> Iterator[tuple[str, str]]:
 
 def _mesh_text(mesh: MeshEntry) -> str:
     axes = ", ".join(f"{axis}={size}" for axis, size in zip(mesh.axes, mesh.shape, strict=True))
-    ranks = "" if mesh.ranks is None else f" on ranks {mesh.ranks[0]} to {mesh.ranks[-1]}"
-    return f"{mesh.id}: {axes}{ranks}"
+    if mesh.ranks is None:
+        return f"{mesh.id}: {axes}"
+    shown = ", ".join(map(str, mesh.ranks[:_SHOWN_RANKS]))
+    more = len(mesh.ranks) - _SHOWN_RANKS
+    return f"{mesh.id}: {axes} on ranks {shown}" + (f" and {more} more" if more > 0 else "")
 
 
 def _row(entry: TensorEntry) -> list[str]:

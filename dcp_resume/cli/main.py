@@ -8,7 +8,6 @@ import sys
 import traceback
 from collections.abc import Sequence
 
-from dcp_resume.cli import inspect_checkpoint, list_run, reshard_checkpoint, verify_checkpoint
 from dcp_resume.cli.exit_codes import EXIT_CODES_HELP, ExitCode, exit_code_of
 from dcp_resume.cli.printing import print_json
 from dcp_resume.errors import DcpResumeError
@@ -43,6 +42,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         arguments = _parser().parse_args(argv)
     except SystemExit as end:
         return end.code if isinstance(end.code, int) else ExitCode.USAGE
+    except KeyboardInterrupt:
+        return ExitCode.INTERRUPTED
     try:
         code: int = arguments.run(arguments)
         sys.stdout.flush()
@@ -59,6 +60,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
+    # Imported here, so that Ctrl-C during the tenths of a second this takes ends without a trace.
+    from dcp_resume.cli import inspect_checkpoint, list_run, reshard_checkpoint, verify_checkpoint
+
     parser = argparse.ArgumentParser(
         prog="dcp-resume",
         description=_DESCRIPTION,

@@ -58,7 +58,8 @@ def refusal_in(error: BaseException | None) -> Refusal | None:
         if isinstance(response, dict) and "Error" in response:
             fields = response["Error"]
             status = response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0)
-            return Refusal(str(fields.get("Code", "")), status, str(fields.get("Message", "")))
+            message = str(fields.get("Message") or "")  # None where Ceph leaves it out
+            return Refusal(str(fields.get("Code", "")), status, message)
         error = error.__cause__
     return None
 
@@ -96,13 +97,13 @@ def refused(refusal: Refusal, operation: Operation) -> StorageError | TransientF
     facts = {"url": operation.url, "key": operation.key}
     if refusal.code == "NoSuchBucket":
         return StorageError(f"{what}. Create the bucket, or correct the URL", **facts)
+    if codes & _FULL:  # before the rights: Ceph answers 403 with its quota
+        return StorageFull(f"{what}. Free space or raise the quota", **facts)
     if codes & _DENIED:
         return StorageDenied(
             f"{what}. Check the credentials, their expiry, the policy and this machine's clock",
             **facts,
         )
-    if codes & _FULL:
-        return StorageFull(f"{what}. Free space or raise the quota", **facts)
     if codes & _EXISTS:
         return KeyExists(f"{what}. The key is taken, maybe by an earlier try", **facts)
     if codes & _NOT_APPLIED:

@@ -47,6 +47,11 @@ class CephServer(S3Server):
         self._directory = Path()
         self._deadline = 0.0
 
+    def admin(self, *arguments: str) -> None:
+        """Run ``radosgw-admin``, for what S3 has no request for, such as quotas."""
+        self._deadline = time.monotonic() + self._start_timeout_s
+        self._call("radosgw-admin", "-n", _GATEWAY, *arguments)
+
     def _start(self, directory: Path) -> int:
         missing = [name for name in _PROGRAMS if shutil.which(name) is None]
         if missing:
