@@ -17,15 +17,6 @@ def pytest_addoption(parser):
     parser.addoption("--ceph", action="store_true", help="run the tests marked `ceph` too")
 
 
-def pytest_collection_modifyitems(config, items):
-    if config.getoption("--ceph"):
-        return
-    skip = pytest.mark.skip(reason="needs --ceph and Ceph's daemons; `make test-ceph` gives it")
-    for item in items:
-        if item.get_closest_marker("ceph"):
-            item.add_marker(skip)
-
-
 @pytest.fixture(scope="session")
 def s3_server():
     """One S3 server process for the session; starts with the first test that wants it."""

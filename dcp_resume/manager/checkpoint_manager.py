@@ -20,9 +20,8 @@ from dcp_resume.events import CheckpointSkipped, SaveFailed, emit
 from dcp_resume.manager.pending import PendingSave
 from dcp_resume.manager.settings import SaveMode, Settings, WhenBusy
 from dcp_resume.manager.stateful import Bound, bind_state
-from dcp_resume.manager.trainer_state import TrainerState
+from dcp_resume.manager.trainer_state import check_trainer, trainer_facts
 from dcp_resume.manifest.history import CommitEntry, RunHistory
-from dcp_resume.manifest.models import TrainerFacts
 from dcp_resume.planning.state import LocalState, describe_state
 from dcp_resume.session.attempt import Run
 from dcp_resume.session.commit import quarantine
@@ -103,9 +102,9 @@ class CheckpointManager:
             The save; already committed in ``SaveMode.BLOCKING``.
 
         Raises:
-            ConfigurationError: ``step`` is negative, or not the one that the trainer state is at.
+            ConfigurationError: ``step`` is negative.
             SaveInProgress: One is running, and the policy is to refuse.
-            RankErrors: A rank failed.
+            RankErrors: A rank failed, or its trainer state is at another step.
             RankSilent: A rank did not answer by the deadline.
             StateError: The state cannot be saved as it is.
             Fenced: A newer incarnation owns the run.
@@ -122,12 +121,17 @@ class CheckpointManager:
             self._run,
             self._votes(step),
             step=step,
-            facts=Facts(self._trainer_facts(step, state), self._model_facts),
+            facts=Facts(trainer_facts(step, state), self._model_facts),
             declarations=self.settings.declarations,
         )
         is_blocking = self.settings.mode is SaveMode.BLOCKING
         pool = None if is_blocking else self._pool
-        session.stage(lambda: bind_state(state).state_dict(), pool)
+
+        def collect() -> Mapping[str, Any]:
+            check_trainer(step, state)
+            return bind_state(state).state_dict()
+
+        session.stage(collect, pool)
         if is_blocking:
             future: Future[SaveResult] = Future()
             future.set_result(_finish(session, step))
@@ -370,18 +374,6 @@ class CheckpointManager:
             return [b""] * len(ballots)
 
         self._votes(0).round("quarantine", lambda: b"", decide)
-
-    def _trainer_facts(self, step: int, state: Mapping[str, Any]) -> TrainerFacts:
-        trainer = next((v for v in state.values() if isinstance(v, TrainerState)), None)
-        if trainer is None:
-            return TrainerFacts(step=step)
-        if trainer.step != step:
-            raise ConfigurationError(
-                f"save({step}, …) but the trainer state is at step {trainer.step}; call "
-                f"advance(step=…) before save()",
-                option="step",
-            )
-        return trainer.to_facts()
 
 
 def _finish(session: SaveSession, step: int) -> SaveResult:

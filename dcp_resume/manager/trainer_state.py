@@ -10,7 +10,7 @@ from typing import Any
 from dcp_resume.errors import ConfigurationError
 from dcp_resume.manifest.models import TrainerFacts
 
-__all__ = ["TrainerState"]
+__all__ = ["TrainerState", "check_trainer", "trainer_facts"]
 
 VERSION = 1
 
@@ -110,3 +110,28 @@ class TrainerState:
         for name in known & set(state_dict):
             setattr(self, name, state_dict[name])
         self.metrics = dict(self.metrics)
+
+
+def _trainer_of(state: Mapping[str, Any]) -> TrainerState | None:
+    return next((value for value in state.values() if isinstance(value, TrainerState)), None)
+
+
+def trainer_facts(step: int, state: Mapping[str, Any]) -> TrainerFacts:
+    """What the trainer state among the values says; ``step`` alone if there is none."""
+    trainer = _trainer_of(state)
+    return trainer.to_facts() if trainer is not None else TrainerFacts(step=step)
+
+
+def check_trainer(step: int, state: Mapping[str, Any]) -> None:
+    """Refuse a save whose step is not the one that its trainer state is at.
+
+    Raises:
+        ConfigurationError: They differ; the checkpoint would contradict itself.
+    """
+    trainer = _trainer_of(state)
+    if trainer is not None and trainer.step != step:
+        raise ConfigurationError(
+            f"save({step}, …) but the trainer state is at step {trainer.step}; call "
+            f"advance(step=…) before save()",
+            option="step",
+        )

@@ -15,8 +15,10 @@ pytestmark = pytest.mark.ceph
 
 
 @pytest.fixture(scope="module")
-def s3_server():
+def s3_server(request):
     """Here every test that asks for the S3 server gets Ceph."""
+    if not request.config.getoption("--ceph"):
+        pytest.skip("needs the option --ceph, and Ceph's daemons: `make test-ceph`")
     with CephServer() as server:
         yield server
 

@@ -301,18 +301,25 @@ def test_too_many_stages(tmp_path):
         run_reshard(tmp_path / "a", tmp_path / "b", "pp=6")
 
 
+@pytest.fixture(scope="module")
+def bucket(s3_server):
+    s3_server.make_bucket("reshard")
+    return "s3://reshard"
+
+
 @pytest.mark.s3
-def test_local_to_s3_and_back(tmp_path, s3_server):
+@pytest.mark.parametrize("to", MESHES)
+def test_local_to_s3_and_back(tmp_path, s3_server, bucket, to):
     state = make_state()
     save_sharded(str(tmp_path / "a"), state)
-    s3_server.make_bucket("reshard")
-    bucket = open_store("s3://reshard/run", storage_options=s3_server.storage_options)
-    source = open_store(str(tmp_path / "a"))
-    mesh = TargetMesh.parse("dp_shard=2,tp=2")
-    reshard(source, find_checkpoints(source, "latest")[0], bucket, mesh, ReshardOptions())
-    back = open_store(str(tmp_path / "b"))
-    reshard(bucket, find_checkpoints(bucket, "latest")[0], back, mesh, ReshardOptions())
+    url = f"{bucket}/{to.replace('=', '').replace(',', '-').replace('_', '-')}"
+    remote = open_store(url, storage_options=s3_server.storage_options)
+    source, back = open_store(str(tmp_path / "a")), open_store(str(tmp_path / "b"))
+    mesh = TargetMesh.parse(to)
+    reshard(source, find_checkpoints(source, "latest")[0], remote, mesh, ReshardOptions())
+    reshard(remote, find_checkpoints(remote, "latest")[0], back, mesh, ReshardOptions())
     check_equal(tmp_path / "b", state)
+    check_contiguous(tmp_path / "b")
 
 
 MEASURE = """

@@ -14,6 +14,8 @@ from tests.support.models import LAYOUTS, differences, whole_state
 pytestmark = pytest.mark.ranks
 
 NO_DIFFERENCES: dict[str, list[str]] = {source: [] for source in LAYOUTS}
+ON_S3 = [name for name, layout in LAYOUTS.items() if layout.world_size <= 4]
+"""Eight ranks on two cores wait for the S3 server most of the time."""
 
 
 def _settings(options: Mapping[str, Any], mode: SaveMode = SaveMode.BLOCKING) -> Settings:
@@ -63,7 +65,7 @@ def test_local(ranks, local_roots, target):
 def s3_roots(ranks, s3_server, request):
     bucket = f"matrix-{uuid.uuid4().hex}"
     s3_server.make_bucket(bucket)
-    roots = {name: f"s3://{bucket}/{name.replace('_', '-')}" for name in LAYOUTS}
+    roots = {name: f"s3://{bucket}/{name.replace('_', '-')}" for name in ON_S3}
     for name, root in roots.items():
         world_size, options = LAYOUTS[name].world_size, s3_server.storage_options
         wrong = ranks.run(save_on, world_size, name, root, options, request.param)
@@ -72,10 +74,10 @@ def s3_roots(ranks, s3_server, request):
 
 
 @pytest.mark.s3
-@pytest.mark.parametrize("target", LAYOUTS)
+@pytest.mark.parametrize("target", ON_S3)
 def test_s3(ranks, s3_server, s3_roots, target):
     options = s3_server.storage_options
 
     found = ranks.run(load_on, LAYOUTS[target].world_size, target, s3_roots, options)
 
-    assert found == [NO_DIFFERENCES] * len(found)
+    assert found == [{name: [] for name in ON_S3}] * len(found)
