@@ -36,7 +36,7 @@ test-s3:  ## against the S3 server process
 	$(PYTEST) -m s3
 
 test-ceph:  ## against Ceph; needs Debian's ceph-mon ceph-osd radosgw ceph-common
-	$(PYTEST) --ceph -m ceph
+	TEST_CEPH=1 $(PYTEST) -m ceph
 
 test-all:  ## every test but Ceph's
 	$(PYTEST)

@@ -13,10 +13,6 @@ from tests.support.s3_server import S3Server
 os.environ.setdefault("RES_OPTIONS", "timeout:1 attempts:1")
 
 
-def pytest_addoption(parser):
-    parser.addoption("--ceph", action="store_true", help="run the tests marked `ceph` too")
-
-
 @pytest.fixture(scope="session")
 def s3_server():
     """One S3 server process for the session; starts with the first test that wants it."""

@@ -142,7 +142,8 @@ class Bound:
 def _set_path(state: Any, path: Sequence[Any], value: object) -> None:
     keys = [key["key"] if isinstance(key, dict) else key for key in path]
     for key in keys[:-1]:
-        state = state[key]
+        # A mapping that was empty when the state was described may lack the way to the value.
+        state = state.setdefault(key, {}) if isinstance(state, dict) else state[key]
     state[keys[-1]] = value
 
 

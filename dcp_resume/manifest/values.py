@@ -17,6 +17,7 @@ from __future__ import annotations
 import base64
 import binascii
 import math
+import re
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -26,6 +27,8 @@ Json = Any
 """A value that ``json`` writes and reads unchanged: None, bool, int, float, str, list, dict."""
 
 _EXACT_INT = 2**53
+_MAX_DIGITS = 4096
+_DECIMAL = re.compile(rf"-?[0-9]{{1,{_MAX_DIGITS}}}")
 _MAX_DEPTH = 64
 
 Encoder = Callable[[object, str], Json]
@@ -66,6 +69,8 @@ def encode_value(
         return value
     if kind is int:
         assert isinstance(value, int)
+        if value.bit_length() > _MAX_DIGITS * 3:
+            raise ValueError(f"{where}: an integer of {value.bit_length()} bits is too long")
         return value if -_EXACT_INT <= value <= _EXACT_INT else {"$int": str(value)}
     if kind is float:
         assert isinstance(value, float)
@@ -125,15 +130,21 @@ _FLOATS = {"inf": math.inf, "-inf": -math.inf, "nan": math.nan}
 
 
 def _decode_int(body: Json, _: object) -> int:
-    if not isinstance(body, str) or len(body) > 4096:
-        raise ValueError("expected decimal text of at most 4096 digits")
+    if not isinstance(body, str) or not _DECIMAL.fullmatch(body):
+        raise ValueError(f"expected decimal text of at most {_MAX_DIGITS} digits")
     return int(body)
+
+
+def _decode_tuple(body: Json, inner: Callable[[Json], object]) -> tuple[object, ...]:
+    if not isinstance(body, list):
+        raise ValueError("expected a list")
+    return tuple(inner(item) for item in body)
 
 
 _DECODERS: dict[str, Callable[[Json, Callable[[Json], Any]], object]] = {
     "$float": lambda body, _: _FLOATS[body],
     "$int": _decode_int,
-    "$tuple": lambda body, inner: tuple(inner(item) for item in body),
+    "$tuple": _decode_tuple,
     "$bytes": lambda body, _: base64.b64decode(body, validate=True),
     "$dict": lambda body, inner: {inner(key): inner(item) for key, item in body},
 }

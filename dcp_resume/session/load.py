@@ -43,7 +43,7 @@ from dcp_resume.session.compare import (
 from dcp_resume.session.opening import OpenedCheckpoint, check_files, open_checkpoint
 from dcp_resume.session.reading import ReadOutcome, read_targets
 from dcp_resume.session.targets import Apply, Target, settle, target_of
-from dcp_resume.session.values import StoredValue, own_box, read_values
+from dcp_resume.session.values import StoredValue, fill_empty_mappings, own_box, read_values
 from dcp_resume.session.votes import Votes
 from dcp_resume.storage import ObjectStore
 
@@ -187,7 +187,7 @@ class LoadSession:
         parts = self._options.parts
 
         def work() -> bytes:
-            self._state = describe()
+            self._state = fill_empty_mappings(describe(), self._values)
             part_of = {entry.fqn: entry.part for entry in self.opened.catalog.tensors}
             report = compare_state(
                 self.opened,

@@ -2,22 +2,42 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import dataclasses
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from dcp_resume.errors import CorruptData, summarise
 from dcp_resume.format.leaves import unpack_leaves
 from dcp_resume.manifest.boxes import Box
 from dcp_resume.planning.plans import PER_RANK_LEAVES, SHARED_LEAVES
+from dcp_resume.planning.state import LocalState
 from dcp_resume.session.opening import OpenedCheckpoint
 from dcp_resume.session.reading import read_targets
 from dcp_resume.session.targets import Target
 from dcp_resume.storage import ObjectStore
 
-__all__ = ["StoredValue", "own_box", "read_values"]
+__all__ = ["StoredValue", "fill_empty_mappings", "own_box", "read_values"]
 
 StoredValue = tuple[Sequence[Any], Any]
 """Key path and encoded value."""
+
+
+def fill_empty_mappings(state: LocalState, stored: Mapping[str, StoredValue]) -> LocalState:
+    """The state with what the checkpoint holds below its empty mappings.
+
+    An object that has not begun yet often has an empty mapping (of metrics, of positions) where
+    the saved one had entries; they are part of its state, not unexpected.
+    """
+    values = dict(state.values)
+    for fqn, (path, value) in state.values.items():
+        below = [name for name in stored if name.startswith(f"{fqn}.")]
+        if value != {} or fqn in stored or not below:
+            continue
+        del values[fqn]
+        for name in below:
+            stored_path, stored_value = stored[name]
+            values[name] = ((*path, *stored_path[len(path) :]), stored_value)
+    return dataclasses.replace(state, values=values)
 
 
 def own_box(opened: OpenedCheckpoint, fqn: str, rank: int, world_size: int) -> Box | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import uuid
 
 import pytest
@@ -11,14 +12,15 @@ from dcp_resume.storage import open_store
 from tests.contracts import test_s3_store as s3
 from tests.support.ceph_server import CephServer
 
+if not os.environ.get("TEST_CEPH"):
+    pytest.skip("only with TEST_CEPH=1: `make test-ceph`", allow_module_level=True)
+
 pytestmark = pytest.mark.ceph
 
 
 @pytest.fixture(scope="module")
-def s3_server(request):
+def s3_server():
     """Here every test that asks for the S3 server gets Ceph."""
-    if not request.config.getoption("--ceph"):
-        pytest.skip("needs the option --ceph, and Ceph's daemons: `make test-ceph`")
     with CephServer() as server:
         yield server
 

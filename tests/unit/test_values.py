@@ -126,3 +126,18 @@ def test_extensions_encode_and_decode_what_is_unknown():
     assert encoded == [{"$set": [1, 2]}]
     decoded = decode_value(encoded, where="x", extension=lambda tag, body, where: (tag, body))
     assert decoded == [("$set", [1, 2])]
+
+
+@pytest.mark.parametrize(
+    "body", [{"$tuple": "abc"}, {"$tuple": {}}, {"$int": "1_0"}, {"$int": " 5"}, {"$int": "٣"}]
+)
+def test_loose_spellings_are_refused(body):
+    with pytest.raises(ValueError, match="malformed"):
+        decode_value(body, where="a.b")
+
+
+def test_an_integer_too_long_to_be_read_back_is_refused_by_name():
+    with pytest.raises(ValueError, match=r"a\.b: an integer of"):
+        encode_value(10**4096, where="a.b")
+    longest = 2 ** (4096 * 3) - 1
+    assert decode_value(encode_value(longest, where="a"), where="a") == longest
