@@ -15,7 +15,7 @@ import time
 import uuid
 from pathlib import Path
 
-from tests.support.s3_server import S3Server, _answers, _free_ports, _kill
+from tests.support.s3_server import S3Server, answers, free_ports, kill
 
 __all__ = ["PACKAGES", "CephServer"]
 
@@ -61,14 +61,14 @@ class CephServer(S3Server):
             )
         self._directory = directory
         self._deadline = time.monotonic() + self._start_timeout_s
-        mon_port, port = _free_ports(2)
+        mon_port, port = free_ports(2)
         cluster = str(uuid.uuid4())
         (directory / "ceph.conf").write_text(_config(directory, cluster, mon_port, port))
         self._start_monitor(cluster, mon_port)
         self._start_osd()
         self._make_user()
         gateway = self._spawn("radosgw", "-n", _GATEWAY)
-        while not _answers(port):
+        while not answers(port):
             if gateway.poll() is not None or time.monotonic() > self._deadline:
                 raise self._failure(f"the gateway on port {port} did not answer")
             time.sleep(0.1)
@@ -110,7 +110,7 @@ class CephServer(S3Server):
             except subprocess.TimeoutExpired:
                 raise self._failure(f"{program} did not come to an end") from None
             finally:
-                _kill(process)
+                kill(process)
         if code:
             raise self._failure(f"{program} failed with status {code}")
 
@@ -118,7 +118,7 @@ class CephServer(S3Server):
         """Start a daemon in the foreground (``-d``): it is our child, and its log is ours."""
         log = self._exit.enter_context((self._directory / _LOG).open("ab"))
         process = self._popen([program, "-d", *self._where(), *arguments], log)
-        self._exit.callback(_kill, process)
+        self._exit.callback(kill, process)
         return process
 
     def _where(self) -> list[str]:

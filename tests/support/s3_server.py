@@ -99,7 +99,7 @@ class S3Server:
         self._exit.close()
 
     def _start(self, directory: Path) -> int:
-        port, *others = _free_ports(8)
+        port, *others = free_ports(8)
         log = self._exit.enter_context((directory / "log").open("wb"))
         process = subprocess.Popen(
             [_weed(), "server", *_arguments(directory, port, others)],
@@ -109,9 +109,9 @@ class S3Server:
             cwd=directory,
             start_new_session=True,
         )
-        self._exit.callback(_kill, process)
+        self._exit.callback(kill, process)
         deadline = time.monotonic() + self._start_timeout_s
-        while not _answers(port):
+        while not answers(port):
             if process.poll() is not None or time.monotonic() > deadline:
                 tail = (directory / "log").read_text(errors="replace")[-2000:]
                 raise RuntimeError(f"the S3 server on port {port} did not start:\n{tail}")
@@ -155,7 +155,7 @@ def _arguments(directory: Path, port: int, others: list[int]) -> list[str]:
     ]
 
 
-def _free_ports(count: int) -> list[int]:
+def free_ports(count: int) -> list[int]:
     with contextlib.ExitStack() as stack:
         sockets = [stack.enter_context(socket.socket()) for _ in range(count)]
         for one in sockets:
@@ -163,7 +163,7 @@ def _free_ports(count: int) -> list[int]:
         return [one.getsockname()[1] for one in sockets]
 
 
-def _answers(port: int) -> bool:
+def answers(port: int) -> bool:
     """Whether a signed request is answered: the port opens before the credentials are loaded."""
     probe = S3Server()
     probe.endpoint = f"http://127.0.0.1:{port}"
@@ -178,7 +178,7 @@ def _answers(port: int) -> bool:
     return True
 
 
-def _kill(process: subprocess.Popen[bytes]) -> None:
+def kill(process: subprocess.Popen[bytes]) -> None:
     with contextlib.suppress(ProcessLookupError):
         os.killpg(process.pid, signal.SIGKILL)
     process.wait()
