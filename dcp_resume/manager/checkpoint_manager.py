@@ -5,18 +5,26 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from functools import partial
 from types import TracebackType
-from typing import Any, Literal, Self
+from typing import Any, Self
 
 from dcp_resume.errors import (
-    CheckpointNotFound,
     ConfigurationError,
     InvalidCheckpoint,
+    LoadRefused,
     PartialLoad,
     SaveInProgress,
     UnsupportedFormat,
 )
 from dcp_resume.events import CheckpointSkipped, SaveFailed, emit
+from dcp_resume.manager.choosing import (
+    Damage,
+    Request,
+    find_commit,
+    resume_source,
+    uncovered,
+)
 from dcp_resume.manager.pending import PendingSave
 from dcp_resume.manager.settings import SaveMode, Settings, WhenBusy
 from dcp_resume.manager.stateful import Bound, bind_state
@@ -35,8 +43,6 @@ from dcp_resume.session.staging import BufferPool
 from dcp_resume.storage import open_store
 
 __all__ = ["CheckpointManager"]
-
-Request = int | Literal["latest", "best"]
 
 
 class CheckpointManager:
@@ -127,16 +133,22 @@ class CheckpointManager:
         is_blocking = self.settings.mode is SaveMode.BLOCKING
         pool = None if is_blocking else self._pool
 
+        bounds: list[Bound] = []
+
         def collect() -> Mapping[str, Any]:
             check_trainer(step, state)
-            return bind_state(state).state_dict()
+            bounds.append(bind_state(state))
+            return bounds[0].state_dict()
 
-        session.stage(collect, pool)
-        if is_blocking:
-            future: Future[SaveResult] = Future()
-            future.set_result(_finish(session, step))
-        else:
-            future = self._background.submit(_finish, session, step)
+        try:
+            session.stage(collect, pool)
+            if is_blocking:
+                future: Future[SaveResult] = Future()
+                future.set_result(_finish(session, step))
+            else:
+                future = self._background.submit(_finish, session, step)
+        finally:
+            _undo(bounds)
         self._pending = PendingSave(step, future)
         return self._pending
 
@@ -197,7 +209,12 @@ class CheckpointManager:
             StorageError: The store failed.
         """
         self.wait()
-        located = locate(self._votes(0), lambda: Located.of(self._find(self._log.refresh(), step)))
+        located = locate(
+            self._votes(0),
+            lambda: Located.of(
+                find_commit(self._log.refresh(), step, self.settings, self._store.url)
+            ),
+        )
         result = self._load(located, state, options or self.settings.load)
         self._loaded_seq = result.seq
         return result
@@ -214,7 +231,8 @@ class CheckpointManager:
             The load; None for a run that has no checkpoint yet and ``latest`` was asked.
 
         Raises:
-            CheckpointNotFound: ``best`` or a step was asked and is not there.
+            CheckpointNotFound: ``best`` or a step was asked and is not there, or every checkpoint
+                is quarantined.
             LoadRefused: It does not fit the state; nothing changed.
             InvalidCheckpoint: The asked step is damaged, or no older checkpoint is whole.
             UnsupportedFormat: A newer version wrote it; it is left as it is.
@@ -223,13 +241,17 @@ class CheckpointManager:
         """
         self.wait()
         changed: set[str] = set()
-        failure: InvalidCheckpoint | PartialLoad | None = None
+        failure: Damage | None = None
         while True:
-            run = self._own(lambda history: self._choose(history, step))
-            source = run.opened.resume_source
+            choose = partial(
+                resume_source,
+                request=step,
+                settings=self.settings,
+                url=self._store.url,
+                failure=failure,
+            )
+            source = self._own(choose).opened.resume_source
             if source is None:
-                if failure is not None:
-                    raise failure
                 return None
             located = locate(
                 self._votes(0),
@@ -241,8 +263,15 @@ class CheckpointManager:
                 return self._load(located, state, self.settings.load, changed)
             except UnsupportedFormat:
                 raise  # not damaged: another version of this library can read it
+            except LoadRefused as error:
+                if not changed:
+                    raise
+                raise uncovered(changed, f"the older one does not fit the state: {error}") from (
+                    error
+                )
             except (InvalidCheckpoint, PartialLoad) as error:
-                if step != "latest":
+                is_whole = isinstance(error, PartialLoad) and not error.problems
+                if step != "latest" or is_whole:
                     raise
                 changed.update(getattr(error, "written_fqns", ()))
                 if failure is None or not isinstance(failure, PartialLoad):
@@ -303,33 +332,6 @@ class CheckpointManager:
 
         self._votes(step).round("busy", lambda: b"" if pending.is_done else b"busy", decide)
 
-    def _find(self, history: RunHistory, step: Request) -> CommitEntry:
-        if step == "latest":
-            entry = history.newest()
-        elif step == "best":
-            mode: Literal["min", "max"] = "max" if self.settings.monitor_mode == "max" else "min"
-            entry = history.best(self.settings.monitor, mode)
-        elif isinstance(step, int):
-            entry = history.find_step(step, is_any_line=True)
-        else:
-            raise ConfigurationError(
-                f"step must be an integer, 'latest' or 'best', got {step!r}", option="step"
-            )
-        if entry is None:
-            steps = [e.record.step for e in history.lineage()]
-            raise CheckpointNotFound(
-                f"{self._store.url} has no usable checkpoint for {step!r}; it has steps "
-                f"{steps[::-1]}",
-                url=self._store.url,
-                request=str(step),
-            )
-        return entry
-
-    def _choose(self, history: RunHistory, step: Request) -> int | None:
-        if step == "latest" and history.newest() is None:
-            return None
-        return self._find(history, step).seq
-
     def _load(
         self,
         located: Located,
@@ -339,14 +341,10 @@ class CheckpointManager:
     ) -> LoadResult:
         session = LoadSession(self._store, self._votes(0), located, options)
         session.open()
-        uncovered = sorted((changed or set()) - set(session.opened.tensor_ids))
-        if uncovered:
-            raise PartialLoad(
-                f"tensors {uncovered} were already changed by a damaged checkpoint, and step "
-                f"{session.opened.manifest.step} does not hold them; start from fresh objects",
-                written_fqns=tuple(uncovered),
-                problems=(),
-            )
+        lost = (changed or set()) - set(session.opened.tensor_ids)
+        if lost:
+            step = session.opened.manifest.step
+            raise uncovered(lost, f"step {step}, which is whole, does not hold them")
         bounds: list[Bound] = []
 
         def describe() -> LocalState:
@@ -354,17 +352,15 @@ class CheckpointManager:
             return describe_state(bounds[0].state_dict(), self.settings.declarations)
 
         try:
-            report = session.compare(describe)
+            result = session.read(session.compare(describe))
         except Exception:
-            for bound in bounds:
-                bound.undo()
+            _undo(bounds)
             raise
-        result = session.read(report)
         leaves = {**session.state.values, **session.state.per_rank_values}
         bounds[0].apply(result.values, {fqn: path for fqn, (path, _) in leaves.items()})
         return result
 
-    def _skip(self, source: int, error: InvalidCheckpoint | PartialLoad) -> None:
+    def _skip(self, source: int, error: Damage) -> None:
         """Mark the checkpoint as damaged, so that nobody resumes from it again."""
         entry = self._log.history.commits[source]
         emit(CheckpointSkipped(step=entry.step, reason=str(error)))
@@ -374,6 +370,11 @@ class CheckpointManager:
             return [b""] * len(ballots)
 
         self._votes(0).round("quarantine", lambda: b"", decide)
+
+
+def _undo(bounds: Sequence[Bound]) -> None:
+    for bound in bounds:
+        bound.undo()
 
 
 def _finish(session: SaveSession, step: int) -> SaveResult:

@@ -79,6 +79,11 @@ class _Optimizers:
         return [optimizer for _, optimizer in self.pairs if not optimizer.state]
 
 
+def _steps(optimizer: Optimizer) -> list[torch.Tensor]:
+    found = (state.get("step") for state in optimizer.state.values())
+    return [step for step in found if isinstance(step, torch.Tensor)]
+
+
 def merge_disjoint(merged: dict[str, Any], more: Mapping[str, Any], key: str) -> None:
     """Add ``more`` to ``merged``.
 
@@ -113,10 +118,14 @@ class Bound:
             if isinstance(source, _Optimizers):
                 self._fresh.extend(source.untouched())
         self._dicts = {key: dict(source.state_dict()) for key, source in self._sources.items()}
+        with torch.no_grad():
+            for optimizer in self._fresh:  # torch made its state by a step that was none
+                for step in _steps(optimizer):
+                    step.zero_()
         return {**self._plain, **self._dicts}
 
     def undo(self) -> None:
-        """Forget optimizer state that ``state_dict`` made, after a refused load."""
+        """Forget optimizer state that ``state_dict`` made, after a save or a failed load."""
         for optimizer in self._fresh:
             optimizer.state.clear()
         self._fresh.clear()
@@ -133,18 +142,28 @@ class Bound:
             for fqn, value in values.items():
                 if len(paths[fqn]) > 1:
                     _set_path(whole, paths[fqn], value)
-                elif isinstance(self._state, MutableMapping):
+                elif fqn not in self._sources and isinstance(self._state, MutableMapping):
                     self._state[fqn] = value
             for key, source in self._sources.items():
                 source.load_state_dict(self._dicts[key])
+            for optimizer in self._fresh:
+                steps = _steps(optimizer)
+                if steps and not any(steps):  # saved before its first step
+                    optimizer.state.clear()
 
 
 def _set_path(state: Any, path: Sequence[Any], value: object) -> None:
     keys = [key["key"] if isinstance(key, dict) else key for key in path]
+    holders = [state]
     for key in keys[:-1]:
         # A mapping that was empty when the state was described may lack the way to the value.
         state = state.setdefault(key, {}) if isinstance(state, dict) else state[key]
-    state[keys[-1]] = value
+        holders.append(state)
+    for holder, key in zip(reversed(holders), reversed(keys), strict=True):
+        if not isinstance(holder, tuple):
+            holder[key] = value
+            return
+        value = (*holder[:key], value, *holder[key + 1 :])  # takes its place one level up
 
 
 def bind_state(state: Mapping[str, Any], parts: Sequence[str] | None = None) -> Bound:

@@ -141,10 +141,10 @@ def file_names(heads: I64, part_names: Sequence[str]) -> tuple[str, ...]:
         count = counts[rank, part, hidden]
         text = part_names[part]
         name = data_file_name(rank, text, number + 1, count, is_complete=not hidden)
-        if name in taken:  # two part names that differ only in characters no key may have
-            name = data_file_name(
-                rank, f"{text[:30]}.{part}", number + 1, count, is_complete=not hidden
-            )
+        attempt = part
+        while name in taken:  # two part names that differ only in characters no key may have
+            text, attempt = f"{part_names[part][:30]}.{attempt}", attempt + len(part_names)
+            name = data_file_name(rank, text, number + 1, count, is_complete=not hidden)
         taken.add(name)
         names.append(name)
     return tuple(names)

@@ -37,6 +37,8 @@ I64 = npt.NDArray[np.int64]
 
 CUT_BYTES = 4 * 1024 * 1024
 """A replicated chunk of this size or more is cut; below it one more chunk costs too much."""
+PIECES = 4
+"""Of so many bytes, into this many pieces at most, however many ranks hold them."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,7 +54,8 @@ class GlobalPlan:
     """Part → number of its non-tensor leaves."""
     layout: FileLayout
     local_ids: tuple[Mapping[int, int], ...]
-    """Per rank: position in ``tensors`` → position in the rank's own structure."""
+    """Per rank: position in ``tensors`` → position in the rank's own structure; one mapping for
+    all ranks of one structure."""
     inline: Mapping[str, bytes]
     """FQN → bytes that the coordinator itself writes."""
 
@@ -64,7 +67,7 @@ class GlobalPlan:
         """
         held = {
             tuple(sorted({layer for g in ids if (layer := self.tensors[g].layer) is not None}))
-            for ids in self.local_ids
+            for ids in {id(shared): shared for shared in self.local_ids}.values()
         }
         stages = sorted(layers for layers in held if layers)
         are_apart = sum(map(len, stages)) == len({layer for s in stages for layer in s})
@@ -101,6 +104,7 @@ def merge(plans: Sequence[LocalPlan]) -> GlobalPlan:
     _check_tiling(unique, tensors)
     written = _balance(unique, holders, tensors, len(plans))
     values, inline, num_values = merge_values(plans)
+    local_ids = {s: {g: n for n, g in enumerate(ids)} for s, ids in union.global_ids.items()}
     for fqn, data in inline.items():
         tensors = (
             *tensors,
@@ -114,9 +118,7 @@ def merge(plans: Sequence[LocalPlan]) -> GlobalPlan:
         manifest_values=values,
         num_values=num_values,
         layout=lay_out_files(written, tensors),
-        local_ids=tuple(
-            {g: local for local, g in enumerate(union.global_ids[plan.structure])} for plan in plans
-        ),
+        local_ids=tuple(local_ids[plan.structure] for plan in plans),
         inline=inline,
     )
 
@@ -127,8 +129,8 @@ class _Union:
     meshes: Mapping[str, MeshEntry]
     global_ids: Mapping[bytes, list[int]]
     """Structure → per local tensor its position in ``tensors``."""
-    not_alias: frozenset[str]
-    """FQNs that some rank holds as a tensor of its own."""
+    is_own: npt.NDArray[np.bool_]
+    """``[tensors]`` whether some rank holds bytes of it that are no other tensor's."""
 
 
 _COMPARED = ("dtype", "global_shape", "part", "path", "codec")
@@ -139,7 +141,7 @@ def _unite(plans: Sequence[LocalPlan]) -> _Union:
     ids: dict[str, int] = {}
     meshes: dict[str, MeshEntry] = {}
     global_ids: dict[bytes, list[int]] = {}
-    not_alias: set[str] = set()
+    own: dict[bytes, npt.NDArray[np.bool_]] = {}
     problems: list[Problem] = []
     for plan in plans:
         if plan.structure in global_ids:
@@ -147,23 +149,32 @@ def _unite(plans: Sequence[LocalPlan]) -> _Union:
         entries, plan_meshes = decode_structure(plan.structure)
         meshes.update((mesh.id, mesh) for mesh in plan_meshes)
         global_ids[plan.structure] = row = []
+        own[plan.structure] = np.asarray([entry.alias_of is None for entry in entries], bool)
         for entry in entries:
-            if entry.alias_of is None:
-                not_alias.add(entry.fqn)
             known = ids.setdefault(entry.fqn, len(tensors))
             if known == len(tensors):
                 tensors.append(entry)
             row.append(known)
             problems.extend(_contradictions(tensors[known], entry, plan.rank))
-            if tensors[known].kind == "replicated" and entry.kind == "sharded":
-                tensors[known] = entry
+            tensors[known] = _united(tensors[known], entry)
     if problems:
         raise IncompletePlan(
             f"ranks contradict each other:\n{summarise(problems)}\n"
             f"give different tensors different names (pipeline stages: global layer names)",
             problems=tuple(problems),
         )
-    return _Union(tuple(tensors), meshes, global_ids, frozenset(not_alias))
+    is_own = np.zeros(len(tensors), bool)
+    for plan in plans:
+        # A rank whose shard is empty cannot tell that it is tied, and has no say.
+        held = plan.tensor[own[plan.structure][plan.tensor]]
+        is_own[np.asarray(global_ids[plan.structure], np.int64)[held]] = True
+    return _Union(tuple(tensors), meshes, global_ids, is_own)
+
+
+def _united(known: TensorEntry, entry: TensorEntry) -> TensorEntry:
+    best = entry if known.kind == "replicated" and entry.kind == "sharded" else known
+    alias = known.alias_of or entry.alias_of
+    return best if best.alias_of == alias else best.model_copy(update={"alias_of": alias})
 
 
 def _contradictions(known: TensorEntry, entry: TensorEntry, rank: int) -> list[Problem]:
@@ -236,7 +247,7 @@ def _drop_aliases(
     for position, entry in enumerate(tensors):
         if entry.alias_of is None:
             continue
-        if entry.fqn in union.not_alias:
+        if union.is_own[position]:
             resolved[position] = entry.model_copy(update={"alias_of": None})
         else:
             is_alias[position] = True
@@ -347,10 +358,12 @@ def _balance(
         row = int(shared[position])
         rows = int(unique.sizes[row, 0])
         row_bytes = int(size[row]) // max(rows, 1)
-        share = share_rows(rows, row_bytes, [int(loads[h]) for h in holders[row]])
+        num_pieces = int(size[row]) * PIECES // CUT_BYTES
+        writing = sorted(holders[row], key=lambda h: (loads[h], h))[:num_pieces]
+        share = share_rows(rows, row_bytes, [int(loads[h]) for h in writing])
         whole[row] = False
         start = int(unique.offsets[row, 0])
-        for holder, num_rows in zip(holders[row], share, strict=True):
+        for holder, num_rows in zip(writing, share, strict=True):
             if num_rows:
                 pieces.append(_cut(unique, row, holder, start, num_rows))
                 loads[holder] += num_rows * row_bytes

@@ -17,22 +17,37 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from dcp_resume.errors import ConfigurationError
 from dcp_resume.format.columns import pack_columns, unpack_columns
 from dcp_resume.format.digests import digest_bytes
 from dcp_resume.format.leaves import pack_leaves
 from dcp_resume.format.tensor_bytes import as_bytes, contiguous_cpu
 from dcp_resume.manifest.boxes import Box
 from dcp_resume.manifest.models import MeshEntry, TensorEntry
-from dcp_resume.planning.state import Declarations, LocalState, part_of
+from dcp_resume.planning.state import (
+    PER_RANK_LEAVES,
+    SHARED_LEAVES,
+    Declarations,
+    LocalState,
+    part_of,
+)
 
-__all__ = ["FilePlan", "LocalPlan", "RankPlan", "local_plan", "pad_boxes", "unpad_box"]
+__all__ = [
+    "PER_RANK_LEAVES",
+    "SHARED_LEAVES",
+    "WITHHELD",
+    "FilePlan",
+    "LocalPlan",
+    "RankPlan",
+    "local_plan",
+    "pad_boxes",
+    "unpad_box",
+]
 
 I64 = npt.NDArray[np.int64]
 
-PER_RANK_LEAVES = "~per-rank."
-"""FQN prefix of the tensor that holds a part's per-rank values."""
-SHARED_LEAVES = "~leaves."
-"""FQN prefix of the tensor that holds a part's shared values, if the manifest cannot."""
+WITHHELD = {"$withheld": True}
+"""Stands for a value that another rank was declared to offer; no encoded leaf looks like it."""
 
 _MAGIC = b"DCPRPLAN"
 _RANK_MAGIC = b"DCPRRANK"
@@ -253,7 +268,15 @@ def local_plan(
     A tensor that placements over the whole world describe is proved replicated or sharded; the
     chunks of all others carry a digest, so that the coordinator can compare what it takes for
     replicas. A leaf declared ``from_rank`` is offered by that rank alone.
+
+    Raises:
+        ConfigurationError: ``from_rank`` names a rank that does not exist.
     """
+    beyond = {p: r for p, r in declarations.from_rank.items() if not 0 <= r < world_size}
+    if beyond:
+        raise ConfigurationError(
+            f"from_rank names {beyond}; the ranks are 0 to {world_size - 1}", option="from_rank"
+        )
     entries: list[TensorEntry] = []
     boxes: list[Box] = []
     tensor: list[int] = []
@@ -282,9 +305,8 @@ def local_plan(
     width = max((len(entry.global_shape) for entry in entries), default=1) or 1
     offsets, sizes = pad_boxes(boxes, width)
     values = {
-        fqn: value
-        for fqn, value in state.values.items()
-        if declarations.source_rank(fqn) in (None, rank)
+        fqn: (path, value if declarations.source_rank(fqn) in (None, rank) else WITHHELD)
+        for fqn, (path, value) in state.values.items()
     }
     # The length of packed per-rank values differs between ranks; the columns carry it, so that
     # the structure text stays equal.

@@ -23,12 +23,18 @@ from dcp_resume.errors import DuplicateFqn, Problem, StateError, UnsupportedLeaf
 from dcp_resume.format.dtypes import check_tensor
 from dcp_resume.format.leaves import encode_leaf
 from dcp_resume.manifest.boxes import Box
+from dcp_resume.manifest.checks import name_problems
 from dcp_resume.manifest.models import MeshEntry, PathKey, TensorEntry
 from dcp_resume.planning.placements import AxisSplit, HeldBox, held_boxes
 
 __all__ = ["Declarations", "HeldTensor", "LocalState", "describe_state", "flatten"]
 
 Path = tuple[PathKey, ...]
+
+PER_RANK_LEAVES = "~per-rank."
+"""FQN prefix of the tensor that holds a part's per-rank values."""
+SHARED_LEAVES = "~leaves."
+"""FQN prefix of the tensor that holds a part's shared values, if the manifest cannot."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,6 +70,8 @@ class HeldTensor:
         Raises:
             LookupError: No held box contains ``box``.
         """
+        if not box.volume:  # of an empty tensor each rank holds the whole, whatever it has locally
+            return self.local.new_empty(box.sizes)
         for held in self.boxes:
             if held.box.contains(box):
                 inner = box.relative_to(held.box)
@@ -100,7 +108,7 @@ def _holds_tensor(value: object) -> bool:
 def _path_key(key: object, path: Path) -> PathKey:
     if isinstance(key, str):
         return key
-    if isinstance(key, int):
+    if isinstance(key, int) and not isinstance(key, bool):
         return {"key": key}
     where = fqn_of(path) or "the state dict"
     problem = Problem(where, "key", f"mapping key {key!r} is neither a string nor an integer")
@@ -260,6 +268,10 @@ def describe_state(state: Mapping[str, Any], declarations: Declarations) -> Loca
             problem = Problem(fqn, "duplicate", f"key paths {seen[fqn]} and {path} share it")
             raise DuplicateFqn(f"cannot name {problem}; rename one key", problems=(problem,))
         seen[fqn] = path
+        wrong_name = list(_name_faults(fqn))
+        if wrong_name:
+            problems.extend(wrong_name)
+            continue
         if not isinstance(leaf, torch.Tensor):
             try:
                 encoded = encode_leaf(leaf, fqn)
@@ -280,6 +292,16 @@ def describe_state(state: Mapping[str, Any], declarations: Declarations) -> Loca
             f"cannot save {len(problems)} leaves:\n{summarise(problems)}", problems=tuple(problems)
         )
     return LocalState(tuple(tensors), tuple(meshes.values()), values, per_rank)
+
+
+def _name_faults(fqn: str) -> Iterator[Problem]:
+    """What readers would refuse in a name; nobody could open the checkpoint."""
+    if fqn.startswith((PER_RANK_LEAVES, SHARED_LEAVES)):
+        yield Problem(fqn, "name", f"names in {fqn.partition('.')[0]!r} are ours; rename the key")
+    try:
+        yield from (Problem(fqn, p.kind, p.message) for p in name_problems([fqn], fqn))
+    except UnicodeEncodeError:
+        yield Problem(ascii(fqn), "name", "no valid Unicode; rename the key")
 
 
 def _describe_tensor(

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import json
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-from dcp_resume.errors import Problem, ReplicaMismatch, summarise
+from dcp_resume.errors import IncompletePlan, Problem, ReplicaMismatch, summarise
 from dcp_resume.format.leaves import pack_leaves, unpack_leaves
-from dcp_resume.planning.plans import SHARED_LEAVES, LocalPlan
+from dcp_resume.planning.plans import SHARED_LEAVES, WITHHELD, LocalPlan
 from dcp_resume.planning.state import part_of
 
 __all__ = ["merge_values"]
@@ -16,6 +17,8 @@ Leaf = tuple[tuple[Any, ...], Any]
 """Key path and encoded value."""
 
 MANIFEST_LEAF_BYTES = 64 * 1024
+MAX_INDENTED_BYTES = 2 * MANIFEST_LEAF_BYTES
+"""The manifest is indented for people, which makes several times as much of a list of numbers."""
 
 
 def merge_values(
@@ -28,6 +31,7 @@ def merge_values(
         values, of the parts that are too large for it; part → number of its values.
 
     Raises:
+        IncompletePlan: The rank that was declared to offer a value does not have it.
         ReplicaMismatch: A value differs between ranks, and nothing was declared.
     """
     merged = _unite(plans)
@@ -38,7 +42,7 @@ def merge_values(
     inline: dict[str, bytes] = {}
     left = sum(map(len, packed.values()))
     for part in sorted(packed, key=lambda name: -len(packed[name])):
-        if left <= MANIFEST_LEAF_BYTES:
+        if left <= MANIFEST_LEAF_BYTES and _num_manifest_bytes(merged) <= MAX_INDENTED_BYTES:
             break
         inline[SHARED_LEAVES + part] = packed[part]
         left -= len(packed[part])
@@ -55,9 +59,12 @@ def _unite(plans: Sequence[LocalPlan]) -> dict[str, Leaf]:
     for plan in plans:
         # Ranks of one SPMD group send equal bytes: those are read once.
         first.setdefault(plan.values, plan)
+    withheld: dict[str, None] = {}
     for plan in first.values():
         for fqn, leaf in unpack_leaves(plan.values, f"plan of rank {plan.rank}").items():
-            if fqn not in merged:
+            if leaf[1] == WITHHELD:
+                withheld[fqn] = None
+            elif fqn not in merged:
                 merged[fqn], holder[fqn] = leaf, plan.rank
             elif merged[fqn] != leaf:
                 message = f"rank {holder[fqn]} has {_short(merged[fqn])}, rank {plan.rank} has "
@@ -68,7 +75,18 @@ def _unite(plans: Sequence[LocalPlan]) -> dict[str, Leaf]:
             f"declare them per_rank, or choose one by from_rank",
             problems=tuple(problems),
         )
+    lost = tuple(
+        Problem(fqn, "from_rank", "the declared rank does not have it, others do")
+        for fqn in withheld
+        if fqn not in merged
+    )
+    if lost:
+        raise IncompletePlan(f"values would be lost:\n{summarise(lost)}", problems=lost)
     return merged
+
+
+def _num_manifest_bytes(leaves: Mapping[str, Leaf]) -> int:
+    return len(json.dumps({"leaves": list(leaves.items())}, ensure_ascii=False, indent=2))
 
 
 def _short(item: Leaf) -> str:

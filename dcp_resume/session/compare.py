@@ -16,6 +16,7 @@ from dcp_resume.manifest.models import TensorEntry
 from dcp_resume.planning.plans import PER_RANK_LEAVES, SHARED_LEAVES
 from dcp_resume.planning.state import LocalState, part_of
 from dcp_resume.session.opening import OpenedCheckpoint
+from dcp_resume.session.values import own_box
 
 __all__ = ["LoadReport", "ReportItem", "Severity", "Strictness", "compare_state"]
 
@@ -117,6 +118,7 @@ def compare_state(
     state: LocalState,
     stored_values: Iterable[str],
     *,
+    rank: int,
     world_size: int,
     strictness: Strictness,
     is_wanted: Callable[[str], bool],
@@ -127,6 +129,7 @@ def compare_state(
         opened: The checkpoint.
         state: The rank's state.
         stored_values: FQNs of the non-tensor leaves that the checkpoint holds for this rank.
+        rank: The rank.
         world_size: Ranks that load.
         strictness: Of missing and unexpected names.
         is_wanted: Whether the caller asked for an FQN of the checkpoint (its part is selected).
@@ -145,6 +148,10 @@ def compare_state(
             items.append(_missing(held.entry.fqn, held.entry.fqn in values, strictness))
         else:
             items.extend(_compare_entry(entry, held.entry))
+            is_same_world = opened.manifest.topology.world_size == world_size
+            is_expected = entry.kind == "per_rank" and is_same_world
+            if is_expected and own_box(opened, entry.fqn, rank, world_size) is None:
+                items.append(_missing(entry.fqn, False, strictness))
     kept = _parts_kept(opened, world_size)
     absent = [fqn for fqn in state.values if fqn not in values]
     absent += [

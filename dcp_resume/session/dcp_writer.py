@@ -261,6 +261,7 @@ class Writer(StorageWriter):
             reports.append(RankReport.from_bytes(report))
             values.update(unpack_leaves(leaves, f"values of rank {rank}"))
         committed = self._attempt.commit(reports, self._facts, values)
+        self._attempt = None
         metadata.state_dict_metadata = {}
         metadata.planner_data = metadata.storage_data = None
         record = committed.record
@@ -293,7 +294,7 @@ class _PlannerSource:
 
     def chunk(self, plan: RankPlan, row: int, key: str) -> tuple[torch.Tensor, ChunkHeader]:
         """The memory of one planned chunk, and its line in the file's header."""
-        own = self._items.get(key) or self._items[key.rpartition("#")[0]]
+        own = list(self._items.values())[int(plan.tensor[row])]
         ndim = len(next(iter(own)).sizes)
         box = unpad_box(plan.offsets[row], plan.sizes[row], ndim)
         tensor = self._planner.resolve_data(own[box])

@@ -14,8 +14,11 @@ from typing import Any
 import numpy as np
 import torch
 
-from dcp_resume.format.chunk_index import ChunkIndex
+from dcp_resume.errors import IncompletePlan, summarise
+from dcp_resume.format.chunk_index import ChunkIndex, check_index
 from dcp_resume.format.digests import choose_block_size, digest_bytes, digest_hex, fold
+from dcp_resume.format.dtypes import ITEMSIZES
+from dcp_resume.manifest.checks import checkpoint_problems
 from dcp_resume.manifest.keys import CATALOG_NAME, INDEX_NAME
 from dcp_resume.manifest.models import (
     Catalog,
@@ -92,6 +95,10 @@ def build_documents(
         facts: What the caller says.
         block_size: Bytes of a digest block.
         late_values: FQN → path and encoded value of leaves that came with the reports.
+
+    Raises:
+        IncompletePlan: Readers would refuse the checkpoint.
+        InvalidDocument: A document would be larger than readers accept.
     """
     digests = np.concatenate([report.digests for report in reports])
     files = _file_entries(plan, reports, digests)
@@ -104,7 +111,8 @@ def build_documents(
         block_digest=digests,
     )
     index_bytes = index.to_bytes()
-    catalog_bytes = encode(Catalog(format=FormatMark(), tensors=plan.tensors, files=files))
+    catalog = Catalog(format=FormatMark(), tensors=plan.tensors, files=files)
+    catalog_bytes = encode(catalog)
     manifest = Manifest(
         format=FormatMark(),
         run=identity.run,
@@ -145,7 +153,20 @@ def build_documents(
         catalog=_reference(CATALOG_NAME, catalog_bytes),
         chunk_index=_index_reference(index_bytes),
     )
+    _refuse_unreadable(manifest, catalog, index)
     return Documents(manifest, encode(manifest), catalog_bytes, index_bytes, files)
+
+
+def _refuse_unreadable(manifest: Manifest, catalog: Catalog, index: ChunkIndex) -> None:
+    """Hold the documents to what readers will: what nobody can open must not become a commit."""
+    problems = checkpoint_problems(manifest, catalog, ITEMSIZES)
+    problems = problems or check_index(index, catalog, manifest)
+    if problems:
+        raise IncompletePlan(
+            f"step {manifest.step} would be a checkpoint that no reader accepts; nothing was "
+            f"committed:\n{summarise(problems)}",
+            problems=tuple(problems),
+        )
 
 
 def _file_entries(

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from dcp_resume.session.attempt import Run
+from dcp_resume.session.commit import choose_newest
 from dcp_resume.session.ownership import own_run
 from dcp_resume.session.ranks import Ranks
 from dcp_resume.session.run_log import RunLog
@@ -29,9 +30,12 @@ class Incarnation:
     store: ObjectStore
     log: RunLog
     pool: BufferPool = field(default_factory=BufferPool)
+    storage_options: Mapping[str, Any] = field(default_factory=dict)
     loaded_seq: int | None = None
     """Log number of the commit that this process loaded last: what its saves descend from."""
     run: Run | None = None
+    _is_shared: bool = False
+    """Whether every rank holds ``run``, or the coordinator alone."""
     _ranks: Ranks | None = None
 
     def own(self, votes: Votes | None = None) -> Run:
@@ -42,19 +46,22 @@ class Incarnation:
             StoreNotShared: Some rank sees another store.
             StorageError: The store failed.
         """
-        if self.run is None:
+        if self.run is None or (votes is not None and not self._is_shared):
+            # Where the coordinator owns the run already, all go on from what it wrote.
+            is_owned = self.run is not None
             self.run = own_run(
                 self.store,
                 self.log,
                 votes or LonelyVotes(),
-                lambda _: self.loaded_seq,
-                is_probed=False,
+                choose_newest if is_owned else lambda _: self.loaded_seq,
+                is_probed=is_owned,
             )
+            self._is_shared = votes is not None
         return self.run
 
     def votes(self, *, step: int, deadline_s: float) -> Votes:
-        """Rounds over an own store. The first call runs one collective of the default group."""
-        if self._ranks is None:
+        """Rounds over an own store. The first call in a default group runs one collective of it."""
+        if self._ranks is None or not self._ranks.are_current:
             self._ranks = Ranks()
         return self._ranks.votes(step=step, deadline_s=deadline_s)
 
@@ -64,12 +71,22 @@ _lock = threading.Lock()
 
 
 def incarnation_of(url: str, storage_options: Mapping[str, Any]) -> Incarnation:
-    """The incarnation of this process in the run at ``url``."""
+    """The incarnation of this process in the run at ``url``.
+
+    Until it owns the run, other options (credentials that work, after some that did not) replace
+    its store.
+    """
     with _lock:
-        if url not in _incarnations:
-            store = open_store(url, storage_options=storage_options)
-            _incarnations[url] = Incarnation(store, RunLog(store))
-        return _incarnations[url]
+        known = _incarnations.get(url)
+        if known is not None and (known.run or known.storage_options == storage_options):
+            return known
+        store = open_store(url, storage_options=storage_options)
+        found = Incarnation(store, RunLog(store), storage_options=dict(storage_options))
+        if known is not None:
+            found.loaded_seq = known.loaded_seq
+            known.store.close()
+        _incarnations[url] = found
+        return found
 
 
 def forget_incarnations() -> None:

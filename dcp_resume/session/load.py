@@ -193,6 +193,7 @@ class LoadSession:
                 self.opened,
                 self._state,
                 self._values,
+                rank=self._votes.rank,
                 world_size=self._votes.world_size,
                 strictness=self._options.strictness,
                 is_wanted=lambda fqn: (
@@ -273,6 +274,8 @@ class LoadSession:
             fqn = held.entry.fqn
             if fqn not in self.opened.tensor_ids:
                 continue  # missing, and the strictness allows it
+            if held.entry.alias_of in self.opened.tensor_ids:
+                continue  # the same memory; two stored tensors would mix in it, block by block
             if held.entry.kind != "per_rank":
                 targets.extend(target_of(fqn, b.box, held.view(b.box), apply) for b in held.boxes)
                 continue
@@ -320,13 +323,16 @@ def _encode_outcome(outcome: ReadOutcome, apply: Apply) -> bytes:
 def _refuse_invalid(ballots: Sequence[bytes]) -> list[bytes]:
     """Raise what any rank found wrong with the documents, each fault once."""
     problems: dict[Problem, None] = {}
-    name = "InvalidCheckpoint"
+    names: set[str] = set()
     for ballot in ballots:
         if ballot:
             name, rows = json.loads(ballot)
+            names.add(name)
             problems.update(dict.fromkeys(Problem(*row) for row in rows))
-    if problems:
+    if names:
         found = tuple(problems)
-        kind: type[DcpResumeError] = getattr(errors, name)
+        kind: type[DcpResumeError] = getattr(
+            errors, names.pop() if len(names) == 1 else "InvalidCheckpoint"
+        )
         raise kind(f"the checkpoint cannot be used:\n{summarise(found)}", problems=found)
     return [b""] * len(ballots)

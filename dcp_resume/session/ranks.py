@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import secrets
+import weakref
+from collections.abc import Callable
 from datetime import timedelta
 from typing import Any, cast
 
@@ -32,11 +34,20 @@ class Ranks:
         self._store: VoteStore | None = None
         self.rank = 0 if is_alone else dist.get_rank()
         self.world_size = 1 if is_alone else dist.get_world_size()
+        self._group = _default_group()
         if not is_alone:
             store = cast("Any", dist.distributed_c10d._get_default_store()).clone()
             store.set_timeout(timedelta(seconds=_POLL_TIMEOUT_S))
             self._store = store
             self._prefix = f"dcp_resume/{_shared_token()}"
+
+    @property
+    def are_current(self) -> bool:
+        """Whether the default process group is still the one they were made in."""
+        now = _default_group()
+        if self._group is None or now is None:
+            return self._group is now
+        return self._group() is now()
 
     def votes(self, *, step: int, deadline_s: float) -> Votes:
         """Rounds for one session. Call it equally often on every rank."""
@@ -51,6 +62,12 @@ class Ranks:
             step=step,
             deadline=Deadline(deadline_s),
         )
+
+
+def _default_group() -> Callable[[], object] | None:
+    """A weak reference, so that a group that was destroyed goes away; None without a group."""
+    is_set_up = dist.is_available() and dist.is_initialized()
+    return weakref.ref(dist.group.WORLD) if is_set_up else None
 
 
 def _shared_token() -> str:

@@ -188,6 +188,11 @@ def read_targets(
             reader.run(read)
         return reader.outcome
     with ThreadPoolExecutor(min(NUM_READERS, len(reads)), "dcp-resume-read") as pool:
-        for future in [pool.submit(reader.run, read) for read in reads]:
-            future.result()
+        try:
+            for future in [pool.submit(reader.run, read) for read in reads]:
+                future.result()
+        except BaseException:
+            # The store failed: each further read would only try again until its own deadline.
+            pool.shutdown(cancel_futures=True)
+            raise
     return reader.outcome

@@ -213,7 +213,7 @@ class SaveSession:
     # Step 5, a rank that heard nothing.
 
     def _outcome_from_log(self, silence: RankSilent) -> bytes:
-        if silence.ranks != (0,) or self._votes.rank == 0 or self._order is None:
+        if silence.ranks != (0,) or self._order is None:
             raise silence
         attempt = self._order.attempt
         try:

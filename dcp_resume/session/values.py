@@ -30,10 +30,11 @@ def fill_empty_mappings(state: LocalState, stored: Mapping[str, StoredValue]) ->
     """
     values = dict(state.values)
     for fqn, (path, value) in state.values.items():
-        below = [name for name in stored if name.startswith(f"{fqn}.")]
-        if value != {} or fqn in stored or not below:
+        if value != {} or fqn in stored:
             continue
-        del values[fqn]
+        below = [name for name in stored if name.startswith(f"{fqn}.")]
+        if below:
+            del values[fqn]
         for name in below:
             stored_path, stored_value = stored[name]
             values[name] = ((*path, *stored_path[len(path) :]), stored_value)

@@ -135,15 +135,19 @@ class StoreVotes:
 
     def round(self, phase: str, work: Work, decide: Decide) -> bytes:
         """Run one round; see ``Votes.round``."""
-        failure: Exception | None = None
+        failure: BaseException | None = None
         try:
             ballot = b"+" + work()
-        except Exception as error:
+        except BaseException as error:
             # Told to every rank below, and raised here as the cause of the round's error.
             failure = error
-            ballot = b"-" + describe_error(error).encode()
+            ballot = b"-" + describe_error(error).encode(errors="backslashreplace")
         try:
             self._store.set(self._key(phase, "ballot", self._rank), ballot)
+            if failure is not None and not isinstance(failure, Exception):
+                if self._rank == 0:
+                    self._refuse(phase, failure)
+                raise failure  # Ctrl-C or exit: this rank leaves at once, the others know why
             if self._rank == 0:
                 self._decide(phase, decide)
             verdict = self._wait_verdict(phase)
@@ -162,9 +166,17 @@ class StoreVotes:
         except DcpResumeError as error:
             answers = [b"-" + json.dumps(encode_error(error)).encode()] * self._world_size
         except Exception as error:
-            # The coordinator's own fault is rank 0's error: every rank must hear of it.
-            wrapped = self._rank_errors(phase, {0: describe_error(error)})
-            answers = [b"-" + json.dumps(encode_error(wrapped)).encode()] * self._world_size
+            self._refuse(phase, error)
+            return
+        self._answer(phase, answers)
+
+    def _refuse(self, phase: str, error: BaseException) -> None:
+        """The coordinator's own fault is rank 0's error: every rank must hear of it."""
+        wrapped = self._rank_errors(phase, {0: describe_error(error)})
+        answer = b"-" + json.dumps(encode_error(wrapped)).encode()
+        self._answer(phase, [answer] * self._world_size)
+
+    def _answer(self, phase: str, answers: Sequence[bytes]) -> None:
         for rank, answer in enumerate(answers):
             self._store.set(self._key(phase, "verdict", rank), answer)
 
