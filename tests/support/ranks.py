@@ -198,7 +198,12 @@ class RankPool:
             return self._collect(workers, timeout_s)
 
     def _grow(self, world_size: int) -> None:
-        self._workers = [worker for worker in self._workers if worker.process.is_alive()]
+        # A process keeps its rank for life: DTensor caches what it worked out for the rank's
+        # place on a mesh, and a process that changed its rank would copy another rank's rows.
+        self._workers = [
+            worker if worker.process.is_alive() else _Worker(self._directory)
+            for worker in self._workers
+        ]
         while len(self._workers) < world_size:
             self._workers.append(_Worker(self._directory))
 
@@ -215,7 +220,6 @@ class RankPool:
         for pipe, outcome in found.items():
             if isinstance(outcome, Died):
                 by_pipe[pipe].kill()
-                self._workers.remove(by_pipe[pipe])
         return [found[worker.pipe] for worker in workers]
 
     def __enter__(self) -> RankPool:
