@@ -8,7 +8,7 @@ and ``[x]`` come back as they were.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from hashlib import blake2b
@@ -344,8 +344,3 @@ def _with_alias(entry: TensorEntry, local: torch.Tensor, storages: dict[Any, str
     )
     first = storages.setdefault(identity, entry.fqn)
     return entry if first == entry.fqn else entry.model_copy(update={"alias_of": first})
-
-
-def tensors_by_fqn(tensors: Sequence[HeldTensor]) -> dict[str, HeldTensor]:
-    """Index held tensors by FQN."""
-    return {held.entry.fqn: held for held in tensors}

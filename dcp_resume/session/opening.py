@@ -23,7 +23,7 @@ from dcp_resume.errors import (
     summarise,
 )
 from dcp_resume.format.chunk_index import ChunkIndex, check_index
-from dcp_resume.format.digests import FileBlocks, check_digest
+from dcp_resume.format.digests import FileBlocks, check_digest, digest_bytes
 from dcp_resume.format.dtypes import ITEMSIZES
 from dcp_resume.manifest.checks import checkpoint_problems
 from dcp_resume.manifest.keys import MANIFEST_NAME
@@ -73,6 +73,26 @@ class OpenedCheckpoint:
             entry.fqn: ids[entry.alias_of] if entry.alias_of else ids[entry.fqn]
             for entry in self.catalog.tensors
         }
+
+    @cached_property
+    def _bounds(self) -> dict[int, npt.NDArray[np.int64]]:
+        return {}
+
+    def block_bounds(self, file: int) -> npt.NDArray[np.int64]:
+        """``[blocks + 1]`` where the blocks of a file start, and its size; worked out once."""
+        if file not in self._bounds:
+            self._bounds[file] = self.blocks.bounds(file)
+        return self._bounds[file]
+
+    def block_digests(self, file: int, block: int, data: memoryview) -> tuple[bytes, bytes]:
+        """The digest that the bytes of a block have, and the one they must have."""
+        expected = self.index.block_digest[int(self.blocks.first[file]) + block]
+        return digest_bytes([data]), expected.tobytes()
+
+    def fqns_in_block(self, file: int, block: int) -> list[str]:
+        """Tensors with bytes in a block; none for a block of the header."""
+        ids = self.index.tensors_in_block(file, block, blocks=self.blocks, begins=self.begins)
+        return [self.catalog.tensors[number].fqn for number in ids]
 
     def file_key(self, file: int) -> str:
         """Key of a data file from the root of the store."""

@@ -10,7 +10,6 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from dcp_resume.errors import KeyNotFound, Problem, ShortRead
-from dcp_resume.format.digests import digest_bytes
 from dcp_resume.planning.byte_reads import BoxCopy, BytesCopy, ChunkPlace, Read, plan_reads
 from dcp_resume.planning.overlaps import Wanted, find_overlaps
 from dcp_resume.session.opening import OpenedCheckpoint
@@ -55,7 +54,7 @@ def plan_targets(opened: OpenedCheckpoint, targets: Sequence[Target]) -> list[Re
         )
         for overlap in overlaps
     ]
-    bounds = {place.file: opened.blocks.bounds(place.file) for place in places}
+    bounds = {file: opened.block_bounds(file) for file in {place.file for place in places}}
     read_bytes = max(READ_BYTES, opened.manifest.digest.block_size)
     return plan_reads(overlaps, places, bounds, max_gap=MAX_GAP_BYTES, max_bytes=read_bytes)
 
@@ -117,18 +116,14 @@ class _Reader:
         return memory[:length].data
 
     def _prove(self, read: Read, key: str, buffer: memoryview) -> Problem | None:
-        blocks, index = self._opened.blocks, self._opened.index
-        bounds = blocks.bounds(read.file)
+        bounds = self._opened.block_bounds(read.file)
         number = read.first_block
         while number < len(bounds) - 1 and bounds[number] < read.stop:
             start, stop = int(bounds[number]), int(bounds[number + 1])
-            found = digest_bytes([buffer[start - read.start : stop - read.start]])
-            expected = index.block_digest[int(blocks.first[read.file]) + number].tobytes()
+            data = buffer[start - read.start : stop - read.start]
+            found, expected = self._opened.block_digests(read.file, number, data)
             if found != expected:
-                ids = index.tensors_in_block(
-                    read.file, number, blocks=blocks, begins=self._opened.begins
-                )
-                names = ", ".join(self._opened.catalog.tensors[i].fqn for i in ids) or "header"
+                names = ", ".join(self._opened.fqns_in_block(read.file, number)) or "header"
                 return Problem(
                     key,
                     "digest",

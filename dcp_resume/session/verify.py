@@ -21,7 +21,6 @@ import numpy as np
 from dcp_resume.errors import InvalidCheckpoint, KeyNotFound, Problem, ShortRead
 from dcp_resume.format.chunk_index import UNUSED
 from dcp_resume.format.data_file import ChunkHeader, parse_header
-from dcp_resume.format.digests import digest_bytes
 from dcp_resume.planning.plans import unpad_box
 from dcp_resume.session.load import Located
 from dcp_resume.session.opening import OpenedCheckpoint, check_files, open_checkpoint
@@ -150,7 +149,7 @@ class _Check:
                     yield lambda window=window: self._check_window(window)  # type: ignore[misc]
 
     def _windows(self, file: int) -> Iterator[_Window]:
-        bounds: list[int] = self._opened.blocks.bounds(file).tolist()
+        bounds: list[int] = self._opened.block_bounds(file).tolist()
         first = 0
         while first < len(bounds) - 1:
             last = first + 1
@@ -163,14 +162,12 @@ class _Check:
         data = self._read(window.file, window.start, window.stops[-1])
         if data is None:
             return
-        blocks, index = self._opened.blocks, self._opened.index
-        number_in_all = int(blocks.first[window.file]) + window.first
         start = window.start
-        for number, stop in enumerate(window.stops):
-            found = digest_bytes([data[start - window.start : stop - window.start]])
-            expected = index.block_digest[number_in_all + number].tobytes()
+        for block, stop in enumerate(window.stops, window.first):
+            part = data[start - window.start : stop - window.start]
+            found, expected = self._opened.block_digests(window.file, block, part)
             if found != expected:
-                self._report_block(window.file, window.first + number, start, stop)
+                self._report_block(window.file, block, start, stop)
             start = stop
         with self._lock:
             self.num_blocks += len(window.stops)
@@ -179,8 +176,7 @@ class _Check:
 
     def _report_block(self, file: int, block: int, start: int, stop: int) -> None:
         opened = self._opened
-        ids = opened.index.tensors_in_block(file, block, blocks=opened.blocks, begins=opened.begins)
-        names = ", ".join(opened.catalog.tensors[i].fqn for i in ids) or "the file's header"
+        names = ", ".join(opened.fqns_in_block(file, block)) or "the file's header"
         message = f"block {block} (bytes {start} to {stop}) does not have its digest; holds {names}"
         self._report(Problem(opened.file_key(file), "digest", message))
 
