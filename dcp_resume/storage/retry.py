@@ -109,8 +109,19 @@ class RetryPolicy:
                 raise
             self.sleep(delay_s)
 
-    async def run_async(self, operation: Operation, attempt: Callable[[], Awaitable[T]]) -> T:
+    async def run_async(
+        self,
+        operation: Operation,
+        attempt: Callable[[], Awaitable[T]],
+        *,
+        was_sent: Callable[[], bool] = lambda: True,
+    ) -> T:
         """Do what ``run`` does for a coroutine function; a try that hangs ends at the deadline.
+
+        Args:
+            operation: What is being tried.
+            attempt: One try.
+            was_sent: Whether the try that the deadline ended may have reached the server.
 
         Raises:
             StorageUnavailable: Transient faults lasted until the deadline.
@@ -128,7 +139,9 @@ class RetryPolicy:
                 tries.check_known(error)
                 raise
             except TimeoutError:
-                delay_s = tries.delay_after(TransientFault("no answer in time", ambiguous=True))
+                delay_s = tries.delay_after(
+                    TransientFault("no answer in time", ambiguous=was_sent())
+                )
             await asyncio.sleep(delay_s)
 
 

@@ -6,7 +6,12 @@ from collections.abc import Awaitable, Callable, Coroutine, Mapping
 from typing import Any, TypeVar
 
 from dcp_resume.errors import StorageError
-from dcp_resume.storage.fsspec_bridge import PerProcess, open_s3, run_on_loop
+from dcp_resume.storage.fsspec_bridge import (
+    PerProcess,
+    open_s3,
+    run_on_loop,
+    watch_connections,
+)
 from dcp_resume.storage.retry import Operation, RetryPolicy, TransientFault
 from dcp_resume.storage.s3_errors import translate
 
@@ -73,7 +78,10 @@ class S3Client:
             StorageError: In whichever subclass fits.
         """
 
+        connection = watch_connections()
+
         async def translated() -> T:
+            connection.forget()
             try:
                 return await attempt()
             except (StorageError, TransientFault):
@@ -84,7 +92,9 @@ class S3Client:
                     raise
                 raise meaning from error
 
-        return await self._retry.run_async(operation, translated)
+        return await self._retry.run_async(
+            operation, translated, was_sent=lambda: connection.was_open
+        )
 
     async def request(
         self, operation: Operation, method: str, **arguments: object

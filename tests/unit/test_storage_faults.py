@@ -197,6 +197,18 @@ def test_unreachable_server_cannot_have_created_anything(site):
             store.create("k", b"")
 
 
+def test_server_that_takes_no_connection_cannot_have_created_anything(site):
+    """The deadline cuts the try off while its connection is still being opened."""
+    with socket.socket() as full, socket.socket() as waiting:
+        full.bind(("127.0.0.1", 0))
+        full.listen(0)  # room for one in the queue; the kernel leaves others without an answer
+        waiting.connect(full.getsockname())
+        site._options["endpoint_url"] = f"http://127.0.0.1:{full.getsockname()[1]}"
+        store = site.store(_HASTY)
+        with pytest.raises(StorageUnavailable, match="no answer in time"):
+            store.create("k", b"")
+
+
 @pytest.mark.parametrize("call", ["create", "read", "list", "delete"])
 def test_denial_is_final(site, proxy, events, call):
     store = site.store()

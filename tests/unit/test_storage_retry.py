@@ -129,3 +129,14 @@ def test_async_retries_and_ends_a_hanging_try_at_the_deadline(events):
         asyncio.run(retry.run_async(EXCLUSIVE, hanging))
     assert cancelled == [True]
     assert [event.reason for event in events] == ["first"]
+
+
+@pytest.mark.parametrize(
+    ("was_sent", "kind"), [(True, OutcomeUnknown), (False, StorageUnavailable)]
+)
+def test_a_try_that_was_cut_off_before_it_was_sent_did_nothing(was_sent, kind):
+    retry = RetryPolicy(deadline_s=0.05)
+    with pytest.raises(kind, match="no answer in time"):
+        asyncio.run(
+            retry.run_async(EXCLUSIVE, lambda: asyncio.sleep(60), was_sent=lambda: was_sent)
+        )
