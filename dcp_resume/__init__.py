@@ -16,10 +16,11 @@ if TYPE_CHECKING:
     from dcp_resume.manager.settings import SaveMode, Settings, WhenBusy
     from dcp_resume.manager.trainer_state import TrainerState
     from dcp_resume.manifest.models import Manifest
+    from dcp_resume.manifest.report import ReportItem, Severity
     from dcp_resume.planning.load_planner import LoadPlanner
     from dcp_resume.planning.save_planner import SavePlanner
     from dcp_resume.planning.state import Declarations
-    from dcp_resume.session.compare import LoadReport, Severity, Strictness
+    from dcp_resume.session.compare import LoadReport, Strictness
     from dcp_resume.session.dcp_reader import Reader
     from dcp_resume.session.dcp_writer import Writer
     from dcp_resume.session.load import LoadOptions, LoadResult
@@ -41,12 +42,13 @@ else:
         "Manifest": "dcp_resume.manifest.models",
         "PendingSave": "dcp_resume.manager.pending",
         "Reader": "dcp_resume.session.dcp_reader",
+        "ReportItem": "dcp_resume.manifest.report",
         "RetryPolicy": "dcp_resume.storage.retry",
         "SaveMode": "dcp_resume.manager.settings",
         "SavePlanner": "dcp_resume.planning.save_planner",
         "SaveResult": "dcp_resume.session.save",
         "Settings": "dcp_resume.manager.settings",
-        "Severity": "dcp_resume.session.compare",
+        "Severity": "dcp_resume.manifest.report",
         "Strictness": "dcp_resume.session.compare",
         "TrainerState": "dcp_resume.manager.trainer_state",
         "WhenBusy": "dcp_resume.manager.settings",
@@ -76,6 +78,7 @@ __all__ = [
     "Manifest",
     "PendingSave",
     "Reader",
+    "ReportItem",
     "RetryPolicy",
     "SaveMode",
     "SavePlanner",

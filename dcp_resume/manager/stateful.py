@@ -7,23 +7,28 @@ stages hand in their model parts as a list; parts must use global layer names.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, MutableMapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, MutableMapping, Sequence
+from dataclasses import replace
 from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
     get_model_state_dict,
-    get_optimizer_state_dict,
     set_model_state_dict,
-    set_optimizer_state_dict,
 )
 from torch.nn import Module
 from torch.optim import Optimizer
 
-from dcp_resume.errors import ConfigurationError, DuplicateFqn, Problem
+from dcp_resume.errors import ConfigurationError
+from dcp_resume.manager.optimizers import Optimizers, merge_disjoint, steps_of
+from dcp_resume.manifest.report import ReportItem
 
-__all__ = ["Bound", "Stateful", "bind_state"]
+__all__ = ["Bound", "Comparing", "RankStateful", "Stateful", "bind_state"]
+
+
+Paths = Mapping[str, Sequence[Any]]
+"""FQN → key path in the state dict."""
 
 
 @runtime_checkable
@@ -37,7 +42,31 @@ class Stateful(Protocol):
         """For loading."""
 
 
-_FLAT = StateDictOptions(flatten_optimizer_state_dict=True, strict=False)
+@runtime_checkable
+class Comparing(Protocol):
+    """A Stateful that says what differs from what was saved, before anything changes."""
+
+    def differences(self, saved: Mapping[str, Any]) -> Iterable[ReportItem]:
+        """Compare ``saved``, the values of its ``state_dict`` as saved, with what it is now.
+
+        Tensors are absent from ``saved``; ``where`` of an item is relative to the object.
+        """
+
+
+@runtime_checkable
+class RankStateful(Stateful, Protocol):
+    """A Stateful with values of its own on each rank."""
+
+    @property
+    def per_rank(self) -> Sequence[str]:
+        """Patterns of the names in its ``state_dict`` whose values differ between ranks."""
+
+    def derive(self, saved: Mapping[str, Any], step: int) -> None:
+        """Go on from ``step`` without the values of this rank; called instead of a load.
+
+        It is called on every rank, if ``differences`` found an item of kind ``rng`` on any.
+        ``saved`` holds the values that all ranks share.
+        """
 
 
 class _Models:
@@ -57,49 +86,6 @@ class _Models:
             set_model_state_dict(part, dict(state_dict), options=StateDictOptions(strict=False))
 
 
-class _Optimizers:
-    """The optimizers of this rank, keyed by FQN."""
-
-    def __init__(self, key: str, pairs: Sequence[tuple[Module, Optimizer]]) -> None:
-        self._key, self.pairs = key, pairs
-
-    def state_dict(self) -> Mapping[str, Any]:
-        merged: dict[str, Any] = {}
-        for model, optimizer in self.pairs:
-            state = get_optimizer_state_dict(model, optimizer, options=_FLAT)
-            merge_disjoint(merged, state, self._key)
-        return merged
-
-    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
-        for model, optimizer in self.pairs:
-            set_optimizer_state_dict(model, optimizer, dict(state_dict), options=_FLAT)
-
-    def untouched(self) -> list[Optimizer]:
-        """Optimizers that have made no state yet; asking for their state dict makes one."""
-        return [optimizer for _, optimizer in self.pairs if not optimizer.state]
-
-
-def _steps(optimizer: Optimizer) -> list[torch.Tensor]:
-    found = (state.get("step") for state in optimizer.state.values())
-    return [step for step in found if isinstance(step, torch.Tensor)]
-
-
-def merge_disjoint(merged: dict[str, Any], more: Mapping[str, Any], key: str) -> None:
-    """Add ``more`` to ``merged``.
-
-    Raises:
-        DuplicateFqn: Two model parts use one name.
-    """
-    common = sorted(merged.keys() & more.keys())
-    if common:
-        problem = Problem(f"{key}.{common[0]}", "duplicate", "two model parts use the name")
-        raise DuplicateFqn(
-            f"{problem}; name layers by their global index on every pipeline stage",
-            problems=(problem,),
-        )
-    merged.update(more)
-
-
 class Bound:
     """A trainer's objects, bound to the state dict that is saved or loaded."""
 
@@ -115,12 +101,12 @@ class Bound:
     def state_dict(self) -> dict[str, Any]:
         """Ask every object for its state; tensors are the objects' own memory."""
         for source in self._sources.values():
-            if isinstance(source, _Optimizers):
+            if isinstance(source, Optimizers):
                 self._fresh.extend(source.untouched())
         self._dicts = {key: dict(source.state_dict()) for key, source in self._sources.items()}
         with torch.no_grad():
             for optimizer in self._fresh:  # torch made its state by a step that was none
-                for step in _steps(optimizer):
+                for step in steps_of(optimizer):
                     step.zero_()
         return {**self._plain, **self._dicts}
 
@@ -130,12 +116,43 @@ class Bound:
             optimizer.state.clear()
         self._fresh.clear()
 
-    def apply(self, values: Mapping[str, object], paths: Mapping[str, Sequence[Any]]) -> None:
+    def per_rank(self) -> tuple[str, ...]:
+        """Patterns of the FQNs whose values each rank has for itself."""
+        return tuple(
+            f"{key}.{pattern}"
+            for key, source in self._sources.items()
+            if isinstance(source, RankStateful)
+            for pattern in source.per_rank
+        )
+
+    def differences(self, values: Mapping[str, object], paths: Paths) -> Iterator[ReportItem]:
+        """What the objects themselves find to differ, each under its key.
+
+        Args:
+            values: FQN → value as saved.
+            paths: FQN → key path.
+        """
+        for key, source in self._sources.items():
+            if isinstance(source, Comparing):
+                for item in source.differences(_nested(values, paths, key)):
+                    where = f"{key}.{item.where}" if item.where else key
+                    yield replace(item, where=where)
+
+    def apply(
+        self,
+        values: Mapping[str, object],
+        paths: Paths,
+        *,
+        derived: Collection[str] = (),
+        step: int = 0,
+    ) -> None:
         """Put loaded non-tensor leaves into the state dicts, and hand these to their objects.
 
         Args:
             values: FQN → value.
             paths: FQN → key path in the state dict that ``state_dict`` returned.
+            derived: Keys of the objects that go on without what they saved.
+            step: Of the checkpoint.
         """
         with torch.no_grad():
             whole = {**self._plain, **self._dicts}
@@ -145,11 +162,24 @@ class Bound:
                 elif fqn not in self._sources and isinstance(self._state, MutableMapping):
                     self._state[fqn] = value
             for key, source in self._sources.items():
-                source.load_state_dict(self._dicts[key])
+                if key in derived and isinstance(source, RankStateful):
+                    source.derive(_nested(values, paths, key), step)
+                else:
+                    source.load_state_dict(self._dicts[key])
             for optimizer in self._fresh:
-                steps = _steps(optimizer)
+                steps = steps_of(optimizer)
                 if steps and not any(steps):  # saved before its first step
                     optimizer.state.clear()
+
+
+def _nested(values: Mapping[str, object], paths: Paths, key: str) -> dict[str, Any]:
+    """The values below a top-level key, as the nested mapping they came from."""
+    found: dict[str, Any] = {key: {}}
+    for fqn, value in values.items():
+        if paths[fqn][0] == key:
+            _set_path(found, paths[fqn], value)
+    below = found[key]
+    return below if isinstance(below, dict) else {}
 
 
 def _set_path(state: Any, path: Sequence[Any], value: object) -> None:
@@ -199,7 +229,7 @@ def bind_state(state: Mapping[str, Any], parts: Sequence[str] | None = None) -> 
                     f"the state, one optimizer a part, in the same order",
                     option=key,
                 )
-            sources[key] = _Optimizers(key, list(zip(modules, optimizers, strict=True)))
+            sources[key] = Optimizers(key, list(zip(modules, optimizers, strict=True)))
         elif isinstance(value, Stateful) and not isinstance(value, Mapping):
             sources[key] = value
     chosen = [key for key in state if parts is None or key in parts]

@@ -10,26 +10,16 @@ import json
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from enum import Enum, IntEnum
+from enum import Enum
 
 from dcp_resume.manifest.models import TensorEntry
+from dcp_resume.manifest.report import ReportItem, Severity
 from dcp_resume.planning.plans import PER_RANK_LEAVES, SHARED_LEAVES
 from dcp_resume.planning.state import LocalState, part_of
 from dcp_resume.session.opening import OpenedCheckpoint
 from dcp_resume.session.values import own_box
 
-__all__ = ["LoadReport", "ReportItem", "Severity", "Strictness", "compare_state"]
-
-
-class Severity(IntEnum):
-    """How much a difference matters."""
-
-    OK = 0
-    """Handled: for example another topology, onto which the state is resharded."""
-    WARN = 1
-    """Loaded, but something is not as it was saved."""
-    REFUSE = 2
-    """Not loaded; nothing changes."""
+__all__ = ["LoadReport", "Strictness", "compare_state"]
 
 
 class Strictness(Enum):
@@ -43,22 +33,6 @@ class Strictness(Enum):
     def severity(self) -> Severity:
         """The severity of a missing or unexpected name."""
         return {"raise": Severity.REFUSE, "warn": Severity.WARN, "ignore": Severity.OK}[self.value]
-
-
-@dataclass(frozen=True, slots=True, order=True)
-class ReportItem:
-    """One difference."""
-
-    severity: Severity
-    kind: str
-    """``missing``, ``unexpected``, ``shape``, ``dtype``, ``kind``, ``tied``, ``per_rank`` or
-    ``topology``."""
-    where: str
-    """FQN, or the field of the manifest."""
-    message: str
-
-    def __str__(self) -> str:
-        return f"{self.severity.name.lower()}: {self.where}: {self.message} [{self.kind}]"
 
 
 @dataclass(frozen=True, slots=True)

@@ -14,8 +14,8 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 
 from dcp_resume import errors
 from dcp_resume.errors import (
@@ -32,14 +32,9 @@ from dcp_resume.events import LoadFinished, emit
 from dcp_resume.format.leaves import decode_leaf
 from dcp_resume.manifest.history import CommitEntry
 from dcp_resume.manifest.models import DocumentRef
+from dcp_resume.manifest.report import ReportItem, Severity, overridden
 from dcp_resume.planning.state import LocalState
-from dcp_resume.session.compare import (
-    LoadReport,
-    ReportItem,
-    Severity,
-    Strictness,
-    compare_state,
-)
+from dcp_resume.session.compare import LoadReport, Strictness, compare_state
 from dcp_resume.session.opening import OpenedCheckpoint, check_files, open_checkpoint
 from dcp_resume.session.reading import ReadOutcome, read_targets
 from dcp_resume.session.targets import Apply, Target, settle, target_of
@@ -48,6 +43,10 @@ from dcp_resume.session.votes import Votes
 from dcp_resume.storage import ObjectStore
 
 __all__ = ["LoadOptions", "LoadResult", "LoadSession", "Located", "locate"]
+
+
+Differences = Callable[[OpenedCheckpoint, Mapping[str, object]], Iterable[ReportItem]]
+"""Documents, and FQN → decoded value → what differs."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,6 +58,10 @@ class LoadOptions:
     apply: Apply = Apply.IN_PLACE
     parts: tuple[str, ...] | None = None
     """Parts to load, the others left alone; None to expect every part of the checkpoint."""
+    overrides: Mapping[str, Severity] = field(default_factory=dict)
+    """``kind`` or ``kind:where`` of a difference → the severity it shall have; patterns as in
+    ``fnmatch``, the first match counts. What makes a load impossible (shapes, dtypes) stays
+    refused."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -173,11 +176,16 @@ class LoadSession:
 
         self._votes.round("open", work, _refuse_invalid)
 
-    def compare(self, describe: Callable[[], LocalState]) -> LoadReport:
+    def compare(
+        self,
+        describe: Callable[[], LocalState],
+        differences: Differences = lambda opened, values: (),
+    ) -> LoadReport:
         """Step 3.
 
         Args:
             describe: Returns this rank's state; what it raises is told to all ranks.
+            differences: Finds what else differs, from the documents and the decoded values.
 
         Raises:
             LoadRefused: The checkpoint does not fit some rank's state; nothing has changed.
@@ -200,7 +208,9 @@ class LoadSession:
                     parts is None or part_of.get(fqn, fqn.split(".", 1)[0]) in parts
                 ),
             )
-            return replace(report, items=(*report.items, *self._decode_values())).to_bytes()
+            items = [*report.items, *self._decode_values()]
+            items.extend(differences(self.opened, self._decoded))
+            return replace(report, items=overridden(items, self._options.overrides)).to_bytes()
 
         def decide(ballots: Sequence[bytes]) -> list[bytes]:
             report = LoadReport.united([LoadReport.from_bytes(ballot) for ballot in ballots])
@@ -209,8 +219,8 @@ class LoadSession:
                 problems = tuple(Problem(i.where, i.kind, i.message) for i in refused)
                 raise LoadRefused(
                     f"checkpoint of step {report.step} does not fit the state; nothing was "
-                    f"changed:\n{summarise(problems)}\nadapt the state, or load with another "
-                    f"strictness or with selected parts",
+                    f"changed:\n{summarise(problems)}\nadapt the state, load with another "
+                    f"strictness or selected parts, or accept an item by overrides",
                     problems=problems,
                 )
             return [report.to_bytes()] * len(ballots)

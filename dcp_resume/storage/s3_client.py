@@ -77,7 +77,6 @@ class S3Client:
         Raises:
             StorageError: In whichever subclass fits.
         """
-
         connection = watch_connections()
 
         async def translated() -> T:
