@@ -13,7 +13,9 @@ if TYPE_CHECKING:
     from dcp_resume.format.leaves import register_enum
     from dcp_resume.manager.checkpoint_manager import CheckpointManager
     from dcp_resume.manager.pending import PendingSave
+    from dcp_resume.manager.rng import RngState
     from dcp_resume.manager.settings import SaveMode, Settings, WhenBusy
+    from dcp_resume.manager.stateful import OptimizerState
     from dcp_resume.manager.trainer_state import TrainerState
     from dcp_resume.manifest.models import Manifest
     from dcp_resume.manifest.report import ReportItem, Severity
@@ -40,10 +42,12 @@ else:
         "LoadReport": "dcp_resume.session.compare",
         "LoadResult": "dcp_resume.session.load",
         "Manifest": "dcp_resume.manifest.models",
+        "OptimizerState": "dcp_resume.manager.stateful",
         "PendingSave": "dcp_resume.manager.pending",
         "Reader": "dcp_resume.session.dcp_reader",
         "ReportItem": "dcp_resume.manifest.report",
         "RetryPolicy": "dcp_resume.storage.retry",
+        "RngState": "dcp_resume.manager.rng",
         "SaveMode": "dcp_resume.manager.settings",
         "SavePlanner": "dcp_resume.planning.save_planner",
         "SaveResult": "dcp_resume.session.save",
@@ -76,10 +80,12 @@ __all__ = [
     "LoadReport",
     "LoadResult",
     "Manifest",
+    "OptimizerState",
     "PendingSave",
     "Reader",
     "ReportItem",
     "RetryPolicy",
+    "RngState",
     "SaveMode",
     "SavePlanner",
     "SaveResult",

@@ -18,10 +18,12 @@ from typing import ClassVar
 
 __all__ = [
     "CheckpointCommitted",
+    "CheckpointRetired",
     "CheckpointSkipped",
     "Event",
     "LoadFinished",
     "PhaseFinished",
+    "RetentionFailed",
     "RunOpened",
     "SaveFailed",
     "StepReached",
@@ -83,6 +85,25 @@ class CheckpointCommitted(Event):
     attempt: str
     num_bytes: int
     duration_s: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CheckpointRetired(Event):
+    """A checkpoint was taken out of the run by the retention policy, and its files deleted."""
+
+    level: ClassVar[int] = logging.INFO
+    step: int
+    num_bytes: int
+    """Of its data files."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RetentionFailed(Event):
+    """A checkpoint could not be retired or swept; the commit before it stands."""
+
+    level: ClassVar[int] = logging.WARNING
+    step: int
+    reason: str
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
-from types import TracebackType
+from types import MappingProxyType, TracebackType
 from typing import Any, Self
 
 from dcp_resume.errors import (
@@ -14,7 +14,6 @@ from dcp_resume.errors import (
     InvalidCheckpoint,
     LoadRefused,
     PartialLoad,
-    SaveInProgress,
     UnsupportedFormat,
 )
 from dcp_resume.events import CheckpointSkipped, SaveFailed, emit
@@ -25,16 +24,23 @@ from dcp_resume.manager.choosing import (
     resume_source,
     uncovered,
 )
-from dcp_resume.manager.pending import PendingSave
+from dcp_resume.manager.drift import optimizer_facts, precision_facts
+from dcp_resume.manager.loading import load_located
+from dcp_resume.manager.pending import PendingSave, refuse_if_busy
+from dcp_resume.manager.retention import retire_surplus
 from dcp_resume.manager.settings import SaveMode, Settings, WhenBusy
-from dcp_resume.manager.stateful import Bound, bind_state
-from dcp_resume.manager.trainer_state import check_trainer, trainer_facts
+from dcp_resume.manager.stateful import Bound, bind_state, choose_state, declarations_of
+from dcp_resume.manager.trainer_state import (
+    Ancestor,
+    check_trainer,
+    note_ancestor,
+    trainer_facts,
+)
 from dcp_resume.manifest.history import CommitEntry, RunHistory
-from dcp_resume.planning.state import LocalState, describe_state
 from dcp_resume.session.attempt import Run
 from dcp_resume.session.commit import quarantine
 from dcp_resume.session.documents import Facts
-from dcp_resume.session.load import LoadOptions, LoadResult, LoadSession, Located, locate
+from dcp_resume.session.load import LoadOptions, LoadResult, Located, locate
 from dcp_resume.session.ownership import own_run
 from dcp_resume.session.ranks import Ranks
 from dcp_resume.session.run_log import RunLog
@@ -61,7 +67,11 @@ class CheckpointManager:
         url: Root of the run: a path, ``file://``, ``s3://bucket/prefix`` or another fsspec URL. It
             must be the same storage for every rank.
         settings: Options.
-        model_facts: What the drift report compares, such as layer counts.
+        model_facts: What the drift report compares, such as layer counts; a difference refuses
+            the load.
+        data_facts: Likewise of the data: which corpus, how it is batched.
+        precision_facts: Likewise of number formats, such as the autocast dtype; a difference is a
+            warning.
 
     Raises:
         ConfigurationError: The URL's scheme is unknown.
@@ -72,10 +82,14 @@ class CheckpointManager:
         url: str | os.PathLike[str],
         settings: Settings | None = None,
         *,
-        model_facts: Mapping[str, Any] | None = None,
+        model_facts: Mapping[str, Any] = MappingProxyType({}),
+        data_facts: Mapping[str, Any] = MappingProxyType({}),
+        precision_facts: Mapping[str, Any] = MappingProxyType({}),
     ) -> None:
         self.settings = settings or Settings()
-        self._model_facts = dict(model_facts or {})
+        self._model_facts = dict(model_facts)
+        self._data_facts = dict(data_facts)
+        self._precision_facts = dict(precision_facts)
         self._store = open_store(
             os.fspath(url),
             storage_options=self.settings.storage_options,
@@ -108,7 +122,8 @@ class CheckpointManager:
             The save; already committed in ``SaveMode.BLOCKING``.
 
         Raises:
-            ConfigurationError: ``step`` is negative.
+            ConfigurationError: ``step`` is negative, or optimizer state is required and there is
+                none.
             SaveInProgress: One is running, and the policy is to refuse.
             RankErrors: A rank failed, or its trainer state is at another step.
             RankSilent: A rank did not answer by the deadline.
@@ -119,6 +134,7 @@ class CheckpointManager:
         """
         if step < 0:
             raise ConfigurationError(f"step must not be negative, got {step}", option="step")
+        chosen = choose_state(state, self.settings.save_optimizer_state)
         self._finish_previous(step)
         if self._run is None:
             self._own(lambda history: self._loaded_seq)
@@ -127,8 +143,8 @@ class CheckpointManager:
             self._run,
             self._votes(step),
             step=step,
-            facts=Facts(trainer_facts(step, state), self._model_facts),
-            declarations=self.settings.declarations,
+            facts=self._facts(step, chosen),
+            declarations=declarations_of(self.settings.declarations, chosen),
         )
         is_blocking = self.settings.mode is SaveMode.BLOCKING
         pool = None if is_blocking else self._pool
@@ -136,17 +152,17 @@ class CheckpointManager:
         bounds: list[Bound] = []
 
         def collect() -> Mapping[str, Any]:
-            check_trainer(step, state)
-            bounds.append(bind_state(state))
+            check_trainer(step, chosen)
+            bounds.append(bind_state(chosen))
             return bounds[0].state_dict()
 
         try:
             session.stage(collect, pool)
             if is_blocking:
                 future: Future[SaveResult] = Future()
-                future.set_result(_finish(session, step))
+                future.set_result(self._finish(session, step))
             else:
-                future = self._background.submit(_finish, session, step)
+                future = self._background.submit(self._finish, session, step)
         finally:
             _undo(bounds)
         self._pending = PendingSave(step, future)
@@ -314,50 +330,47 @@ class CheckpointManager:
 
     def _finish_previous(self, step: int) -> None:
         if self._pending is not None and self.settings.when_busy is WhenBusy.REFUSE:
-            self._refuse_if_busy(step, self._pending)
+            refuse_if_busy(self._votes(step), step, self._pending)
         self.wait()
-
-    def _refuse_if_busy(self, step: int, pending: PendingSave) -> None:
-        """Ranks learn of an outcome one after the other, so they decide together."""
-
-        def decide(ballots: Sequence[bytes]) -> list[bytes]:
-            if b"busy" in ballots:
-                raise SaveInProgress(
-                    f"cannot save step {step}: step {pending.step} is still being written; save "
-                    f"less often, or set when_busy=WhenBusy.WAIT",
-                    step=step,
-                    running_step=pending.step,
-                )
-            return [b""] * len(ballots)
-
-        self._votes(step).round("busy", lambda: b"" if pending.is_done else b"busy", decide)
 
     def _load(
         self,
         located: Located,
         state: Mapping[str, Any],
         options: LoadOptions,
-        changed: set[str] | None = None,
+        changed: Collection[str] = (),
     ) -> LoadResult:
-        session = LoadSession(self._store, self._votes(0), located, options)
-        session.open()
-        lost = (changed or set()) - set(session.opened.tensor_ids)
-        if lost:
-            step = session.opened.manifest.step
-            raise uncovered(lost, f"step {step}, which is whole, does not hold them")
-        bounds: list[Bound] = []
+        result = load_located(
+            self._store,
+            self._votes(0),
+            located,
+            state,
+            options,
+            self.settings,
+            self._facts(0, state),
+            changed,
+        )
+        saved_by = result.world_size
+        note_ancestor(state, Ancestor(result.step, self._store.url, result.seq, saved_by))
+        return result
 
-        def describe() -> LocalState:
-            bounds.append(bind_state(state, options.parts))
-            return describe_state(bounds[0].state_dict(), self.settings.declarations)
+    def _facts(self, step: int, state: Mapping[str, Any]) -> Facts:
+        return Facts(
+            trainer=trainer_facts(step, state),
+            model=self._model_facts,
+            optimizer=optimizer_facts(state),
+            data=self._data_facts,
+            precision={**precision_facts(), **self._precision_facts},
+        )
 
+    def _finish(self, session: SaveSession, step: int) -> SaveResult:
         try:
-            result = session.read(session.compare(describe))
-        except Exception:
-            _undo(bounds)
+            result = session.finish()
+        except Exception as error:
+            emit(SaveFailed(step=step, reason=str(error)))
             raise
-        leaves = {**session.state.values, **session.state.per_rank_values}
-        bounds[0].apply(result.values, {fqn: path for fqn, (path, _) in leaves.items()})
+        if self._ranks.rank == 0 and self._run is not None:
+            retire_surplus(self._run, self.settings.max_checkpoint_keep)
         return result
 
     def _skip(self, source: int, error: Damage) -> None:
@@ -375,11 +388,3 @@ class CheckpointManager:
 def _undo(bounds: Sequence[Bound]) -> None:
     for bound in bounds:
         bound.undo()
-
-
-def _finish(session: SaveSession, step: int) -> SaveResult:
-    try:
-        return session.finish()
-    except Exception as error:
-        emit(SaveFailed(step=step, reason=str(error)))
-        raise

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import threading
+from collections.abc import Sequence
 from concurrent.futures import Future, wait
 
+from dcp_resume.errors import SaveInProgress
 from dcp_resume.session.save import SaveResult
+from dcp_resume.session.votes import Votes
 
-__all__ = ["PendingSave"]
+__all__ = ["PendingSave", "refuse_if_busy"]
 
 
 class PendingSave:
@@ -61,3 +64,25 @@ class PendingSave:
         """
         if self._future.done() and not self._seen.is_set():
             self.result()
+
+
+def refuse_if_busy(votes: Votes, step: int, pending: PendingSave) -> None:
+    """Refuse a save on every rank while one is running on any.
+
+    Ranks learn of an outcome one after the other, so they decide together.
+
+    Raises:
+        SaveInProgress: It is running somewhere.
+    """
+
+    def decide(ballots: Sequence[bytes]) -> list[bytes]:
+        if b"busy" in ballots:
+            raise SaveInProgress(
+                f"cannot save step {step}: step {pending.step} is still being written; save "
+                f"less often, or set when_busy=WhenBusy.WAIT",
+                step=step,
+                running_step=pending.step,
+            )
+        return [b""] * len(ballots)
+
+    votes.round("busy", lambda: b"" if pending.is_done else b"busy", decide)

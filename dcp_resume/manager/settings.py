@@ -8,6 +8,7 @@ from enum import Enum
 from typing import Any
 
 from dcp_resume.errors import ConfigurationError
+from dcp_resume.manager.stateful import OptimizerState
 from dcp_resume.planning.state import Declarations
 from dcp_resume.session.load import LoadOptions
 from dcp_resume.storage import RetryPolicy
@@ -42,6 +43,10 @@ class Settings:
 
     save_interval: int = 0
     """Steps between saves for ``should_save``; 0 saves only when asked."""
+    max_checkpoint_keep: int = 0
+    """Checkpoints of the run that remain after a commit, the oldest retired first; 0 keeps all."""
+    save_optimizer_state: OptimizerState = OptimizerState.AS_GIVEN
+    load_optimizer_state: OptimizerState = OptimizerState.AS_GIVEN
     mode: SaveMode = SaveMode.BACKGROUND
     when_busy: WhenBusy = WhenBusy.WAIT
     deadline_s: float = 1800.0
@@ -59,6 +64,8 @@ class Settings:
     def __post_init__(self) -> None:
         if self.save_interval < 0:
             raise _wrong("save_interval", self.save_interval, "0 or more steps")
+        if self.max_checkpoint_keep < 0:
+            raise _wrong("max_checkpoint_keep", self.max_checkpoint_keep, "0 or more checkpoints")
         if self.deadline_s <= 0:
             raise _wrong("deadline_s", self.deadline_s, "more than 0 seconds")
         if self.monitor_mode not in ("min", "max"):

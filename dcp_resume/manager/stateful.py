@@ -7,8 +7,17 @@ stages hand in their model parts as a list; parts must use global layer names.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Iterator, Mapping, MutableMapping, Sequence
+from collections.abc import (
+    Callable,
+    Collection,
+    Iterable,
+    Iterator,
+    Mapping,
+    MutableMapping,
+    Sequence,
+)
 from dataclasses import replace
+from enum import Enum
 from typing import Any, Protocol, runtime_checkable
 
 import torch
@@ -21,10 +30,22 @@ from torch.nn import Module
 from torch.optim import Optimizer
 
 from dcp_resume.errors import ConfigurationError
-from dcp_resume.manager.optimizers import Optimizers, merge_disjoint, steps_of
+from dcp_resume.manager.fsdp1 import Fsdp1Optimizers, is_fsdp1
+from dcp_resume.manager.optimizers import Optimizers, StoredPart, merge_disjoint
 from dcp_resume.manifest.report import ReportItem
+from dcp_resume.planning.state import Declarations
 
-__all__ = ["Bound", "Comparing", "RankStateful", "Stateful", "bind_state"]
+__all__ = [
+    "Bound",
+    "Comparing",
+    "OptimizerState",
+    "RankStateful",
+    "Stateful",
+    "bind_state",
+    "choose_state",
+    "declarations_of",
+    "without_optimizers",
+]
 
 
 Paths = Mapping[str, Sequence[Any]]
@@ -69,6 +90,17 @@ class RankStateful(Stateful, Protocol):
         """
 
 
+class OptimizerState(Enum):
+    """Whether optimizer state takes part in a save or a load."""
+
+    AS_GIVEN = "as_given"
+    """If the state handed in has an optimizer."""
+    REQUIRED = "required"
+    """Always; that there is none is an error."""
+    LEFT_OUT = "left_out"
+    """Never, even if the state, or the checkpoint, has it."""
+
+
 class _Models:
     """The model parts of this rank, as one Stateful."""
 
@@ -95,35 +127,32 @@ class Bound:
         self._state = state
         self._plain = {key: state[key] for key in keys if key not in sources}
         self._sources = sources
-        self._fresh: list[Optimizer] = []
         self._dicts: dict[str, Any] = {}
 
     def state_dict(self) -> dict[str, Any]:
         """Ask every object for its state; tensors are the objects' own memory."""
-        for source in self._sources.values():
-            if isinstance(source, Optimizers):
-                self._fresh.extend(source.untouched())
         self._dicts = {key: dict(source.state_dict()) for key, source in self._sources.items()}
-        with torch.no_grad():
-            for optimizer in self._fresh:  # torch made its state by a step that was none
-                for step in steps_of(optimizer):
-                    step.zero_()
+        return {**self._plain, **self._dicts}
+
+    def targets(self, stored: Callable[[str], StoredPart]) -> dict[str, Any]:
+        """What to load into: the objects' own memory, and room for optimizer state.
+
+        Args:
+            stored: Says what the checkpoint holds below a key.
+        """
+        self._dicts = {
+            key: source.targets(stored(key))
+            if isinstance(source, (Optimizers, Fsdp1Optimizers))
+            else dict(source.state_dict())
+            for key, source in self._sources.items()
+        }
         return {**self._plain, **self._dicts}
 
     def undo(self) -> None:
-        """Forget optimizer state that ``state_dict`` made, after a save or a failed load."""
-        for optimizer in self._fresh:
-            optimizer.state.clear()
-        self._fresh.clear()
-
-    def per_rank(self) -> tuple[str, ...]:
-        """Patterns of the FQNs whose values each rank has for itself."""
-        return tuple(
-            f"{key}.{pattern}"
-            for key, source in self._sources.items()
-            if isinstance(source, RankStateful)
-            for pattern in source.per_rank
-        )
+        """Forget what asking for a state made, after a save or a failed load."""
+        for source in self._sources.values():
+            if isinstance(source, Fsdp1Optimizers):
+                source.undo()
 
     def differences(self, values: Mapping[str, object], paths: Paths) -> Iterator[ReportItem]:
         """What the objects themselves find to differ, each under its key.
@@ -166,10 +195,6 @@ class Bound:
                     source.derive(_nested(values, paths, key), step)
                 else:
                     source.load_state_dict(self._dicts[key])
-            for optimizer in self._fresh:
-                steps = steps_of(optimizer)
-                if steps and not any(steps):  # saved before its first step
-                    optimizer.state.clear()
 
 
 def _nested(values: Mapping[str, object], paths: Paths, key: str) -> dict[str, Any]:
@@ -229,11 +254,44 @@ def bind_state(state: Mapping[str, Any], parts: Sequence[str] | None = None) -> 
                     f"the state, one optimizer a part, in the same order",
                     option=key,
                 )
-            sources[key] = Optimizers(key, list(zip(modules, optimizers, strict=True)))
+            kind = Fsdp1Optimizers if any(map(is_fsdp1, modules)) else Optimizers
+            sources[key] = kind(key, list(zip(modules, optimizers, strict=True)))
         elif isinstance(value, Stateful) and not isinstance(value, Mapping):
             sources[key] = value
     chosen = [key for key in state if parts is None or key in parts]
     return Bound(state, chosen, {key: sources[key] for key in chosen if key in sources})
+
+
+def choose_state(state: Mapping[str, Any], optimizers: OptimizerState) -> dict[str, Any]:
+    """The part of the state that takes part in a save.
+
+    Raises:
+        ConfigurationError: An optimizer is required, and there is none.
+    """
+    without = without_optimizers(state)
+    if optimizers is OptimizerState.REQUIRED and len(without) == len(state):
+        raise ConfigurationError(
+            f"optimizer state is REQUIRED, and the state has no optimizer, only {sorted(state)}; "
+            f"put it in, or set save_optimizer_state to LEFT_OUT",
+            option="save_optimizer_state",
+        )
+    return without if optimizers is OptimizerState.LEFT_OUT else dict(state)
+
+
+def without_optimizers(state: Mapping[str, Any]) -> dict[str, Any]:
+    """The state without its optimizers."""
+    return {key: value for key, value in state.items() if not _all_are(value, Optimizer)}
+
+
+def declarations_of(declared: Declarations, state: Mapping[str, Any]) -> Declarations:
+    """What the caller declared, and what objects of the state say of themselves."""
+    per_rank, from_rank = list(declared.per_rank), dict(declared.from_rank)
+    for key, value in state.items():
+        if isinstance(value, RankStateful):
+            per_rank.extend(f"{key}.{pattern}" for pattern in value.per_rank)
+        for name in getattr(value, "of_coordinator", ()):
+            from_rank.setdefault(f"{key}.{name}", 0)
+    return replace(declared, per_rank=tuple(per_rank), from_rank=from_rank)
 
 
 def _as_list(value: Any) -> list[Any]:

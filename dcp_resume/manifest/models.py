@@ -145,6 +145,8 @@ class TrainerFacts(Document):
     last_lr: tuple[TaggedFloat, ...] = Field(default=(), strict=False)
     """Learning rate per parameter group after the step."""
     metrics: dict[str, TaggedFloat] = Field(default_factory=dict)
+    wall_time_s: TaggedFloat = 0.0
+    """Seconds in training, over all incarnations of the run."""
 
 
 class Software(Document):
@@ -153,6 +155,9 @@ class Software(Document):
     dcp_resume: str
     torch: str
     python: str
+    numpy: str = ""
+    cuda: str = ""
+    """Version that torch was built for; empty without."""
 
 
 class LeafEntry(Document):
@@ -207,7 +212,11 @@ class Manifest(Document):
     model: dict[str, Tagged] = Field(default_factory=dict)
     """Facts about the model, for the drift report."""
     optimizer: dict[str, Tagged] = Field(default_factory=dict)
-    """Type and hyper-parameters, for the drift report."""
+    """Part → type and hyper-parameters of the optimizer whose state it holds."""
+    data: dict[str, Tagged] = Field(default_factory=dict)
+    """Which data and how it is batched, for the drift report."""
+    precision: dict[str, Tagged] = Field(default_factory=dict)
+    """Settings that change how sums round, for the drift report."""
     software: Software
     leaves: tuple[LeafEntry, ...] = Field(default=(), strict=False)
     """Replicated non-tensor leaves, where they fit in 64 KiB together."""

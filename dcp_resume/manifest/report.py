@@ -33,8 +33,8 @@ class ReportItem:
     severity: Severity
     kind: str
     """``missing``, ``unexpected``, ``shape``, ``dtype``, ``kind``, ``layout``, ``tied``,
-    ``per_rank``, ``topology``, ``model``, ``optimizer``, ``data``, ``precision``, ``software``,
-    ``rng`` or ``trainer``."""
+    ``per_rank``, ``topology``, ``model``, ``optimizer``, ``data``, ``position``, ``precision``,
+    ``software``, ``rng`` or ``trainer``."""
     where: str
     """FQN, or the field of the manifest."""
     message: str
@@ -43,7 +43,7 @@ class ReportItem:
         return f"{self.severity.name.lower()}: {self.where}: {self.message} [{self.kind}]"
 
 
-FINAL_KINDS = frozenset({"shape", "dtype", "kind", "layout", "leaf"})
+FINAL_KINDS = frozenset({"shape", "dtype", "kind", "layout", "leaf", "position"})
 """Differences that make a load impossible, whatever the caller accepts."""
 
 

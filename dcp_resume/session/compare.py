@@ -80,7 +80,12 @@ class LoadReport:
             for item, count in seen.items()
             if item.kind != "unexpected" or count == len(reports)
         )
-        return cls(reports[0].step, tuple(sorted(items, key=lambda i: (-i.severity, i))))
+        return cls(reports[0].step, tuple(sorted(items, key=_by_weight)))
+
+
+def _by_weight(item: ReportItem) -> tuple[int, bool, ReportItem]:
+    """The worst first; names that are absent last, since another difference often explains them."""
+    return -item.severity, item.kind in ("missing", "unexpected"), item
 
 
 def _is_hidden(entry: TensorEntry) -> bool:

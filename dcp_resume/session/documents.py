@@ -40,7 +40,7 @@ from dcp_resume.planning.merge import GlobalPlan
 from dcp_resume.planning.state import part_of
 from dcp_resume.session.writing import RankReport
 
-__all__ = ["AttemptIdentity", "Documents", "Facts", "build_documents"]
+__all__ = ["AttemptIdentity", "Documents", "Facts", "build_documents", "software"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,6 +50,9 @@ class Facts:
     trainer: TrainerFacts
     model: Mapping[str, Any] = field(default_factory=dict)
     optimizer: Mapping[str, Any] = field(default_factory=dict)
+    """Part → type and options of the optimizer whose state the part holds."""
+    data: Mapping[str, Any] = field(default_factory=dict)
+    precision: Mapping[str, Any] = field(default_factory=dict)
     stages: tuple[tuple[int, ...], ...] | None = None
     """Per pipeline stage the global layers it holds; None to tell by the layers' names."""
     virtual_stages: int = 1
@@ -76,6 +79,17 @@ class Documents:
     catalog_bytes: bytes
     index_bytes: bytes
     files: tuple[FileEntry, ...]
+
+
+def software() -> Software:
+    """The versions that run here."""
+    return Software(
+        dcp_resume=version("dcp-resume"),
+        torch=str(torch.__version__),
+        python=platform.python_version(),
+        numpy=np.__version__,
+        cuda=torch.version.cuda or "",
+    )
 
 
 def build_documents(
@@ -131,11 +145,9 @@ def build_documents(
         trainer=facts.trainer,
         model=dict(facts.model),
         optimizer=dict(facts.optimizer),
-        software=Software(
-            dcp_resume=version("dcp-resume"),
-            torch=str(torch.__version__),
-            python=platform.python_version(),
-        ),
+        data=dict(facts.data),
+        precision=dict(facts.precision),
+        software=software(),
         leaves=tuple(
             LeafEntry(fqn=fqn, path=path, value=value)
             for fqn, (path, value) in {**plan.manifest_values, **late_values}.items()

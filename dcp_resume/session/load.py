@@ -97,6 +97,8 @@ class LoadResult:
 
     step: int
     seq: int
+    world_size: int
+    """Ranks that saved it."""
     report: LoadReport
     values: Mapping[str, object]
     """FQN → decoded non-tensor leaf, of the leaves that the state has."""
@@ -130,7 +132,8 @@ class LoadSession:
         self._store = store
         self._votes = votes
         self._located = located
-        self._options = options
+        self.options = options
+        """May be narrowed between ``open`` and ``compare``, alike on all ranks."""
         self._started = time.monotonic()
         self._opened: OpenedCheckpoint | None = None
         self._values: dict[str, StoredValue] = {}
@@ -142,6 +145,11 @@ class LoadSession:
         """The documents; known after ``open``."""
         assert self._opened is not None
         return self._opened
+
+    @property
+    def values(self) -> Mapping[str, StoredValue]:
+        """FQN → key path and encoded value, as stored; known after ``open``."""
+        return self._values
 
     @property
     def state(self) -> LocalState:
@@ -192,7 +200,7 @@ class LoadSession:
             RankErrors: A rank's state cannot be described.
             RankSilent: A rank did not answer by the deadline.
         """
-        parts = self._options.parts
+        parts = self.options.parts
 
         def work() -> bytes:
             self._state = fill_empty_mappings(describe(), self._values)
@@ -203,14 +211,14 @@ class LoadSession:
                 self._values,
                 rank=self._votes.rank,
                 world_size=self._votes.world_size,
-                strictness=self._options.strictness,
+                strictness=self.options.strictness,
                 is_wanted=lambda fqn: (
                     parts is None or part_of.get(fqn, fqn.split(".", 1)[0]) in parts
                 ),
             )
             items = [*report.items, *self._decode_values()]
             items.extend(differences(self.opened, self._decoded))
-            return replace(report, items=overridden(items, self._options.overrides)).to_bytes()
+            return replace(report, items=overridden(items, self.options.overrides)).to_bytes()
 
         def decide(ballots: Sequence[bytes]) -> list[bytes]:
             report = LoadReport.united([LoadReport.from_bytes(ballot) for ballot in ballots])
@@ -253,7 +261,7 @@ class LoadSession:
 
         def work() -> bytes:
             outcomes.append(read_targets(self._store, self.opened, targets))
-            return _encode_outcome(outcomes[0], self._options.apply)
+            return _encode_outcome(outcomes[0], self.options.apply)
 
         self._votes.round("read", work, self._judge)
         settle(targets)
@@ -270,6 +278,7 @@ class LoadSession:
         return LoadResult(
             step=report.step,
             seq=self._located.seq,
+            world_size=self.opened.manifest.topology.world_size,
             report=report,
             values=self._decoded,
             read_bytes=outcomes[0].num_bytes,
@@ -278,7 +287,7 @@ class LoadSession:
         )
 
     def _targets(self, state: LocalState) -> list[Target]:
-        apply = self._options.apply
+        apply = self.options.apply
         targets: list[Target] = []
         for held in state.tensors:
             fqn = held.entry.fqn

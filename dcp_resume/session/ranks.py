@@ -13,7 +13,7 @@ import torch.distributed as dist
 
 from dcp_resume.session.votes import Deadline, LonelyVotes, StoreVotes, Votes, VoteStore
 
-__all__ = ["Ranks"]
+__all__ = ["Ranks", "place_in_world"]
 
 _POLL_TIMEOUT_S = 30
 """Every wait on the store is a short poll; this bounds a single request."""
@@ -30,12 +30,10 @@ class Ranks:
 
     def __init__(self) -> None:
         self._counter = 0
-        is_alone = not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1
         self._store: VoteStore | None = None
-        self.rank = 0 if is_alone else dist.get_rank()
-        self.world_size = 1 if is_alone else dist.get_world_size()
+        self.rank, self.world_size = place_in_world()
         self._group = _default_group()
-        if not is_alone:
+        if self.world_size > 1:
             store = cast("Any", dist.distributed_c10d._get_default_store()).clone()
             store.set_timeout(timedelta(seconds=_POLL_TIMEOUT_S))
             self._store = store
@@ -62,6 +60,12 @@ class Ranks:
             step=step,
             deadline=Deadline(deadline_s),
         )
+
+
+def place_in_world() -> tuple[int, int]:
+    """This rank and the number of ranks, of the default process group; (0, 1) without one."""
+    is_set_up = dist.is_available() and dist.is_initialized()
+    return (dist.get_rank(), dist.get_world_size()) if is_set_up else (0, 1)
 
 
 def _default_group() -> Callable[[], object] | None:

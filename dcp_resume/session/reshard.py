@@ -271,7 +271,14 @@ class _Written:
             resume_source=run.opened.resume_source,
         )
         attempt = Attempt(run, identity, self._layout.plan, history.last_seq, self._block_size)
-        facts = Facts(source.trainer, source.model, source.optimizer, self._layout.stages)
+        facts = Facts(
+            trainer=source.trainer,
+            model=source.model,
+            optimizer=source.optimizer,
+            data=source.data,
+            precision=source.precision,
+            stages=self._layout.stages,
+        )
         return attempt.commit([report], facts)
 
     def remove(self) -> None:

@@ -222,7 +222,9 @@ def test_options_section(name):
         assert meaning, field.name
 
 
-@pytest.mark.parametrize("name", ["SaveMode", "WhenBusy", "Strictness", "Apply", "Severity"])
+@pytest.mark.parametrize(
+    "name", ["OptimizerState", "SaveMode", "WhenBusy", "Strictness", "Apply", "Severity"]
+)
 def test_members_section(name):
     members = [member.name for member in getattr(dcp_resume, name)]
     assert sorted(rows_of(section_of(OPTIONS, name))) == sorted(members)

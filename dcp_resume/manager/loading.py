@@ -1,0 +1,137 @@
+"""Load one located checkpoint into what a trainer holds."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable, Mapping
+from dataclasses import replace
+from typing import Any
+
+from dcp_resume.manager.choosing import uncovered
+from dcp_resume.manager.drift import fact_differences
+from dcp_resume.manager.optimizers import StoredPart
+from dcp_resume.manager.settings import Settings
+from dcp_resume.manager.stateful import (
+    Bound,
+    OptimizerState,
+    bind_state,
+    declarations_of,
+    without_optimizers,
+)
+from dcp_resume.manifest.report import ReportItem, Severity
+from dcp_resume.planning.state import LocalState, describe_state
+from dcp_resume.session.documents import Facts
+from dcp_resume.session.load import LoadOptions, LoadResult, LoadSession, Located
+from dcp_resume.session.opening import OpenedCheckpoint
+from dcp_resume.session.votes import Votes
+from dcp_resume.storage import ObjectStore
+
+__all__ = ["load_located"]
+
+
+def load_located(
+    store: ObjectStore,
+    votes: Votes,
+    located: Located,
+    state: Mapping[str, Any],
+    options: LoadOptions,
+    settings: Settings,
+    facts: Facts,
+    changed: Collection[str] = (),
+) -> LoadResult:
+    """Open, compare, read, and hand the values to the trainer's objects.
+
+    Args:
+        store: Root of the run.
+        votes: This load's rounds.
+        located: The checkpoint.
+        state: What the trainer holds.
+        options: How strictly to load.
+        settings: Of the manager.
+        facts: What the trainer says of itself now.
+        changed: Tensors that a damaged checkpoint changed; this one must hold them.
+
+    Raises:
+        LoadRefused: It does not fit the state; nothing changed.
+        InvalidCheckpoint: It is damaged, and no tensor changed.
+        PartialLoad: It is damaged, and tensors had changed.
+        RankErrors: A rank's state cannot be described.
+        RankSilent: A rank did not answer by the deadline.
+        StorageError: The store failed.
+    """
+    session = LoadSession(store, votes, located, options)
+    session.open()
+    opened = session.opened
+    lost = set(changed) - set(opened.tensor_ids)
+    if lost:
+        raise uncovered(lost, f"step {opened.manifest.step}, which is whole, does not hold them")
+    wanted = state
+    if settings.load_optimizer_state is OptimizerState.LEFT_OUT:
+        wanted = without_optimizers(state)
+        session.options = _without_parts(options, opened, set(opened.manifest.optimizer))
+    bounds: list[Bound] = []
+
+    def describe() -> LocalState:
+        bound = bind_state(wanted, options.parts)
+        bounds.append(bound)
+        declarations = declarations_of(settings.declarations, wanted)
+        return describe_state(bound.targets(_stored(session)), declarations)
+
+    def differences(opened: OpenedCheckpoint, values: Mapping[str, object]) -> Iterable[ReportItem]:
+        yield from bounds[0].differences(values, _paths(session.state))
+        yield from fact_differences(opened.manifest, facts)
+        if settings.load_optimizer_state is OptimizerState.REQUIRED:
+            yield from _absent_optimizers(opened, wanted)
+
+    try:
+        report = session.compare(describe, differences)
+        result = session.read(report)
+    except Exception:
+        for bound in bounds:
+            bound.undo()
+        raise
+    derived = {item.where for item in report.items if item.kind == "rng"}
+    bounds[0].apply(result.values, _paths(session.state), derived=derived, step=result.step)
+    return result
+
+
+def _paths(state: LocalState) -> dict[str, Any]:
+    leaves = {**state.values, **state.per_rank_values}
+    return {fqn: path for fqn, (path, _) in leaves.items()}
+
+
+def _stored(session: LoadSession) -> Any:
+    """What the checkpoint holds below a key, for those who make room for it."""
+    catalog = session.opened.catalog
+
+    def below(key: str) -> StoredPart:
+        return StoredPart(
+            tensors={e.path[1:]: e for e in catalog.tensors if e.path[0] == key and e.path[1:]},
+            values=[tuple(p[1:]) for p, _ in session.values.values() if p[0] == key and p[1:]],
+            shapes={
+                str(e.path[1]): e.global_shape
+                for e in catalog.tensors
+                if e.path[0] != key and len(e.path) == 2
+            },
+        )
+
+    return below
+
+
+def _without_parts(
+    options: LoadOptions, opened: OpenedCheckpoint, parts: Collection[str]
+) -> LoadOptions:
+    asked = options.parts if options.parts is not None else tuple(opened.manifest.parts)
+    return replace(options, parts=tuple(part for part in asked if part not in parts))
+
+
+def _absent_optimizers(opened: OpenedCheckpoint, state: Mapping[str, Any]) -> Iterable[ReportItem]:
+    """Optimizer state that was required and is not there, on either side."""
+    if len(without_optimizers(state)) == len(state):
+        message = "load_optimizer_state is REQUIRED, and the state has no optimizer; put it in"
+        yield ReportItem(Severity.REFUSE, "missing", "optimizer", message)
+    elif not opened.manifest.optimizer:
+        message = (
+            "load_optimizer_state is REQUIRED, and the checkpoint was saved without an optimizer; "
+            "set it to LEFT_OUT to begin with fresh moments"
+        )
+        yield ReportItem(Severity.REFUSE, "missing", "optimizer", message)
