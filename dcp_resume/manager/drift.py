@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch.optim import Optimizer
 
-from dcp_resume.manager.optimizers import EXECUTION
+from dcp_resume.manager.optimizers import EXECUTION, inner_optimizer
 from dcp_resume.manifest.models import Manifest
 from dcp_resume.manifest.report import ReportItem, Severity
 from dcp_resume.session.documents import Facts, software
@@ -27,7 +27,7 @@ def optimizer_facts(state: Mapping[str, Any]) -> dict[str, Any]:
     for key, value in state.items():
         optimizers = value if isinstance(value, (list, tuple)) else [value]
         if optimizers and all(isinstance(item, Optimizer) for item in optimizers):
-            kind = type(optimizers[0])
+            kind = type(inner_optimizer(optimizers[0]))
             facts[key] = {
                 "type": f"{kind.__module__}.{kind.__qualname__}",
                 "groups": [_options(group) for group in optimizers[0].param_groups],

@@ -19,7 +19,7 @@ from torch.distributed.fsdp import FullyShardedDataParallel
 from torch.nn import Module
 from torch.optim import Optimizer
 
-from dcp_resume.manager.optimizers import StoredPart, merge_disjoint
+from dcp_resume.manager.optimizers import EXECUTION, StoredPart, merge_disjoint
 
 __all__ = ["Fsdp1Optimizers", "is_fsdp1"]
 
@@ -31,12 +31,17 @@ def is_fsdp1(model: Module) -> bool:
     return bool(FullyShardedDataParallel.fsdp_modules(model))
 
 
+def _is_execution(name: str) -> bool:
+    return name.startswith("param_groups.") and name.rpartition(".")[2] in EXECUTION
+
+
 class Fsdp1Optimizers:
     """The optimizers of this rank, as one Stateful."""
 
     def __init__(self, key: str, pairs: Sequence[tuple[Module, Optimizer]]) -> None:
         self._key, self._pairs = key, pairs
         self._fresh: list[Optimizer] = []
+        self._execution: dict[str, Any] = {}
 
     def state_dict(self) -> dict[str, Any]:
         """What the optimizers hold; torch lets one that holds nothing take an empty step."""
@@ -48,6 +53,7 @@ class Fsdp1Optimizers:
         with torch.no_grad():
             for step in self._steps():
                 step.zero_()
+        self._execution = {name: merged.pop(name) for name in list(merged) if _is_execution(name)}
         return merged
 
     def targets(self, stored: StoredPart) -> dict[str, Any]:
@@ -56,8 +62,9 @@ class Fsdp1Optimizers:
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         """For loading."""
+        whole = {**state_dict, **self._execution}  # torch asks for every option
         for model, optimizer in self._pairs:
-            set_optimizer_state_dict(model, optimizer, dict(state_dict), options=_FLAT)
+            set_optimizer_state_dict(model, optimizer, whole, options=_FLAT)
         if self._steps() and not any(self._steps()):  # saved before its first step
             self.undo()
 

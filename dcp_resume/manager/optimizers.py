@@ -22,7 +22,7 @@ from dcp_resume.manager.parameter_names import named_parameters
 from dcp_resume.manifest.models import PathKey, TensorEntry
 from dcp_resume.manifest.report import ReportItem, Severity
 
-__all__ = ["Optimizers", "StoredPart", "merge_disjoint"]
+__all__ = ["EXECUTION", "Optimizers", "StoredPart", "inner_optimizer", "merge_disjoint"]
 
 EXECUTION = frozenset({"params", "foreach", "fused", "capturable", "differentiable"})
 """Group options that say how a step is computed on this machine, not what it computes."""
@@ -165,7 +165,7 @@ class _Owned:
                         option=key,
                     )
                 names[parameter] = known[parameter]
-        inner = optimizer.optim if isinstance(optimizer, ZeroRedundancyOptimizer) else optimizer
+        inner = inner_optimizer(optimizer)
         held = [p for group in inner.param_groups for p in group["params"]]
         return cls(optimizer, names, {names[p]: p for p in held}, inner.state)
 
@@ -199,6 +199,14 @@ class _Owned:
             if any(parameter is other for other in group["params"]):
                 return bool(group.get("capturable") or group.get("fused"))
         return False
+
+
+def inner_optimizer(optimizer: Optimizer) -> Optimizer:
+    """Which optimizer holds this rank's state: the one inside ``ZeroRedundancyOptimizer``."""
+    if isinstance(optimizer, ZeroRedundancyOptimizer):
+        inner: Optimizer = optimizer.optim
+        return inner
+    return optimizer
 
 
 def _room(
