@@ -19,9 +19,9 @@ if TYPE_CHECKING:
     from dcp_resume.manager.trainer_state import TrainerState
     from dcp_resume.manifest.models import Manifest
     from dcp_resume.manifest.report import ReportItem, Severity
+    from dcp_resume.planning.declared import Declarations, MeshPlace, Segment, Split
     from dcp_resume.planning.load_planner import LoadPlanner
     from dcp_resume.planning.save_planner import SavePlanner
-    from dcp_resume.planning.state import Declarations
     from dcp_resume.session.compare import LoadReport, Strictness
     from dcp_resume.session.dcp_reader import Reader
     from dcp_resume.session.dcp_writer import Writer
@@ -36,12 +36,13 @@ else:
     _HOMES = {
         "Apply": "dcp_resume.session.targets",
         "CheckpointManager": "dcp_resume.manager.checkpoint_manager",
-        "Declarations": "dcp_resume.planning.state",
+        "Declarations": "dcp_resume.planning.declared",
         "LoadOptions": "dcp_resume.session.load",
         "LoadPlanner": "dcp_resume.planning.load_planner",
         "LoadReport": "dcp_resume.session.compare",
         "LoadResult": "dcp_resume.session.load",
         "Manifest": "dcp_resume.manifest.models",
+        "MeshPlace": "dcp_resume.planning.declared",
         "OptimizerState": "dcp_resume.manager.stateful",
         "PendingSave": "dcp_resume.manager.pending",
         "Reader": "dcp_resume.session.dcp_reader",
@@ -51,8 +52,10 @@ else:
         "SaveMode": "dcp_resume.manager.settings",
         "SavePlanner": "dcp_resume.planning.save_planner",
         "SaveResult": "dcp_resume.session.save",
+        "Segment": "dcp_resume.planning.declared",
         "Settings": "dcp_resume.manager.settings",
         "Severity": "dcp_resume.manifest.report",
+        "Split": "dcp_resume.planning.declared",
         "Strictness": "dcp_resume.session.compare",
         "TrainerState": "dcp_resume.manager.trainer_state",
         "WhenBusy": "dcp_resume.manager.settings",
@@ -80,6 +83,7 @@ __all__ = [
     "LoadReport",
     "LoadResult",
     "Manifest",
+    "MeshPlace",
     "OptimizerState",
     "PendingSave",
     "Reader",
@@ -89,8 +93,10 @@ __all__ = [
     "SaveMode",
     "SavePlanner",
     "SaveResult",
+    "Segment",
     "Settings",
     "Severity",
+    "Split",
     "Strictness",
     "TrainerState",
     "WhenBusy",

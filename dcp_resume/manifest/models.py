@@ -235,6 +235,9 @@ class Segment(Document):
 
     name: str
     size: Count
+    units: Count = 0
+    """Pieces that cannot be split further, such as heads; of fewer than ranks, neighbours hold
+    copies. 0: every row may be split from the next."""
 
 
 class Padding(Document):

@@ -98,6 +98,7 @@ def plan_layout(source: StoredState, mesh: TargetMesh, rules: LayoutRules) -> Ta
     Raises:
         ConfigurationError: The rules do not fit the tensors or the mesh; every fault is listed.
     """
+    _refuse_segments(source.tensors)
     is_same_size = source.world_size == mesh.world_size
     dropped = [e.fqn for e in source.tensors if e.kind == "per_rank" and not is_same_size]
     tensors = [entry for entry in source.tensors if is_same_size or entry.kind != "per_rank"]
@@ -126,6 +127,17 @@ def plan_layout(source: StoredState, mesh: TargetMesh, rules: LayoutRules) -> Ta
         kept=tuple(_kept(tensors, found, mesh, rules)),
         dropped=tuple(dropped),
     )
+
+
+def _refuse_segments(tensors: Iterable[TensorEntry]) -> None:
+    packed = [entry.fqn for entry in tensors if entry.segments]
+    if packed:
+        raise ConfigurationError(
+            f"{len(packed)} tensor(s) are packed in segments, which `reshard` cannot lay out: "
+            f"{', '.join(packed[:5])}. Load the checkpoint on the target ranks instead: a load "
+            f"reshards them",
+            option="layout",
+        )
 
 
 def _rule_of(

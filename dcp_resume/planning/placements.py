@@ -39,6 +39,13 @@ class HeldBox:
     box: Box
     local_offsets: tuple[int, ...]
 
+    def shifted(self, dim: int, *, by: int, local_by: int) -> HeldBox:
+        """The same box further along one dim, of the tensor and of the local one."""
+        offsets, local = list(self.box.offsets), list(self.local_offsets)
+        offsets[dim] += by
+        local[dim] += local_by
+        return HeldBox(Box(tuple(offsets), self.box.sizes), tuple(local))
+
 
 def _piece(runs: Sequence[Run], count: int, coordinate: int) -> list[Run]:
     """The ``coordinate``-th of ``count`` pieces of the joined runs, as ``torch.chunk`` cuts."""

@@ -9,9 +9,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
-from fnmatch import fnmatchcase
-from hashlib import blake2b
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -25,6 +23,7 @@ from dcp_resume.format.leaves import encode_leaf
 from dcp_resume.manifest.boxes import Box
 from dcp_resume.manifest.checks import name_problems
 from dcp_resume.manifest.models import MeshEntry, PathKey, TensorEntry
+from dcp_resume.planning.declared import Declarations, MeshPlace, Split, mesh_entry
 from dcp_resume.planning.placements import AxisSplit, HeldBox, held_boxes
 
 __all__ = ["Declarations", "HeldTensor", "LocalState", "describe_state", "flatten"]
@@ -35,24 +34,6 @@ PER_RANK_LEAVES = "~per-rank."
 """FQN prefix of the tensor that holds a part's per-rank values."""
 SHARED_LEAVES = "~leaves."
 """FQN prefix of the tensor that holds a part's shared values, if the manifest cannot."""
-
-
-@dataclass(frozen=True, slots=True)
-class Declarations:
-    """What the caller knows of leaves and torch does not say. Patterns as in ``fnmatch``."""
-
-    per_rank: tuple[str, ...] = ()
-    """FQNs whose value differs between ranks on purpose, and is kept for each."""
-    from_rank: Mapping[str, int] = field(default_factory=dict)
-    """FQN pattern → the rank whose value stands for all."""
-
-    def is_per_rank(self, fqn: str) -> bool:
-        """Whether ``fqn`` was declared per-rank."""
-        return any(fnmatchcase(fqn, pattern) for pattern in self.per_rank)
-
-    def source_rank(self, fqn: str) -> int | None:
-        """The rank whose value of ``fqn`` stands for all, if one was declared."""
-        return next((r for p, r in self.from_rank.items() if fnmatchcase(fqn, p)), None)
 
 
 @dataclass(frozen=True, slots=True)
@@ -145,18 +126,10 @@ def _flatten_items(items: Iterator[tuple[PathKey, object]], path: Path) -> Itera
             yield here, value
 
 
-def mesh_entry(mesh: DeviceMesh) -> MeshEntry:
-    """Describe a device mesh; equal meshes get equal ids on every rank."""
-    ranks = tuple(int(rank) for rank in mesh.mesh.flatten().tolist())
+def _entry_of_mesh(mesh: DeviceMesh) -> MeshEntry:
     axes = tuple(mesh.mesh_dim_names or (f"axis{i}" for i in range(mesh.ndim)))
-    shape = tuple(int(size) for size in mesh.shape)
-    text = f"{axes}{shape}{ranks}".encode()
-    return MeshEntry(
-        id="mesh-" + blake2b(text, digest_size=6).hexdigest(),
-        axes=axes,
-        shape=shape,
-        ranks=None if ranks == tuple(range(len(ranks))) else ranks,
-    )
+    ranks = tuple(int(rank) for rank in mesh.mesh.flatten().tolist())
+    return mesh_entry(axes, tuple(int(size) for size in mesh.shape), ranks)
 
 
 _PLACEMENT = re.compile(r"_?StridedShard\(dim=(-?\d+), sf=(\d+)\)")
@@ -312,7 +285,7 @@ def _describe_tensor(
     meshes: dict[str, MeshEntry],
     storages: dict[Any, str],
 ) -> HeldTensor | None:
-    mesh = mesh_entry(tensor.device_mesh) if isinstance(tensor, DTensor) else None
+    mesh = _entry_of_mesh(tensor.device_mesh) if isinstance(tensor, DTensor) else None
     if mesh is not None:
         meshes[mesh.id] = mesh
     if isinstance(tensor, DTensor) and any(p.is_partial() for p in tensor.placements):
@@ -325,8 +298,43 @@ def _describe_tensor(
             problem = Problem(fqn, "placement", "a DTensor cannot be declared per-rank")
             raise StateError(f"cannot save {problem}; drop the pattern", problems=(problem,))
         return HeldTensor(entry.model_copy(update={"kind": "per_rank"}), local, boxes)
+    split = declarations.layout_of(fqn, tensor.ndim)
+    if split is not None:
+        held = _declared(entry, tensor, split, declarations.mesh, is_dtensor=mesh is not None)
+        declared = declarations.mesh.entry()
+        meshes[declared.id] = declared
+        return HeldTensor(_with_alias(held.entry, local, storages), local, held.boxes)
     entry = _with_alias(entry, local, storages)
     return HeldTensor(entry, local, boxes)
+
+
+def _declared(
+    entry: TensorEntry, tensor: torch.Tensor, split: Split, place: MeshPlace, *, is_dtensor: bool
+) -> HeldTensor:
+    """A plain tensor as the piece that its layout makes of it."""
+    if is_dtensor:
+        problem = Problem(entry.fqn, "placement", "a DTensor says itself how it is split")
+        raise StateError(f"cannot place {problem}; drop its layout", problems=(problem,))
+    shape = split.global_shape(tuple(tensor.shape), place)
+    boxes = split.held(shape, place)
+    expected = sum(held.box.volume for held in boxes)
+    if expected != tensor.numel():
+        problem = Problem(
+            entry.fqn,
+            "shape",
+            f"the layout {split.rule()} of shape {shape} gives this rank {expected} elements in "
+            f"{len(boxes)} piece(s), its tensor of shape {tuple(tensor.shape)} has "
+            f"{tensor.numel()}",
+        )
+        raise StateError(f"cannot place {problem}; correct the layout", problems=(problem,))
+    changed = {
+        "global_shape": shape,
+        "kind": "sharded" if split.dims else "replicated",
+        "mesh": place.entry().id,
+        "rule": split.rule(),
+        "segments": split.segments or None,
+    }
+    return HeldTensor(entry.model_copy(update=changed), tensor, boxes)
 
 
 def _with_alias(entry: TensorEntry, local: torch.Tensor, storages: dict[Any, str]) -> TensorEntry:

@@ -181,10 +181,31 @@ def _compare_entry(stored: TensorEntry, wanted: TensorEntry) -> list[ReportItem]
     if stored.dtype != wanted.dtype:
         message = f"saved as {stored.dtype}, the state has {wanted.dtype}"
         items.append(ReportItem(Severity.REFUSE, "dtype", stored.fqn, message))
+    if _are_cut_differently(stored, wanted):
+        message = (
+            f"saved in segments {_segments(stored)} under {stored.rule}, the state declares "
+            f"{_segments(wanted)} under {wanted.rule}: rows would land in other places"
+        )
+        items.append(ReportItem(Severity.REFUSE, "segments", stored.fqn, message))
     if wanted.alias_of and not stored.alias_of:
         message = f"the state ties it to {wanted.alias_of}, the checkpoint stored both"
         items.append(ReportItem(Severity.WARN, "tied", stored.fqn, message))
     return items
+
+
+def _segments(entry: TensorEntry) -> list[tuple[int, int]]:
+    return [(segment.size, segment.units) for segment in entry.segments or ()]
+
+
+def _are_cut_differently(stored: TensorEntry, wanted: TensorEntry) -> bool:
+    """Whether one side knows of segments that the other cut through.
+
+    A DTensor, and a tensor that nothing splits, are whole in the order that segments restore.
+    """
+    if stored.segments and wanted.segments:
+        return _segments(stored) != _segments(wanted)
+    blind = [e for e in (stored, wanted) if e.placements is None and e.rule and not e.segments]
+    return bool(blind) and bool(stored.segments or wanted.segments)
 
 
 def _compare_topology(opened: OpenedCheckpoint, world_size: int) -> list[ReportItem]:
