@@ -86,7 +86,7 @@ def _add_training_flags(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("training")
     count = _number(int, 1)
     group.add_argument("--num_iteration", type=count, default=40, help="number of the last step")
-    group.add_argument("--batch_size", type=count, default=4, help="sequences in a micro batch")
+    group.add_argument("--batch_size", type=count, default=8, help="sequences in a micro batch")
     group.add_argument("--sequence_length", type=count, default=64, help="tokens")
     group.add_argument(
         "--total_batch_size", type=count, default=1024, help="tokens of a step, over all ranks"

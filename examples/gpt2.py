@@ -132,8 +132,9 @@ class GPT2(nn.Module):
         pieces["h"] = nn.ModuleDict({str(i): Block(config) for i in layers})
         if self.is_last:
             pieces["ln_f"] = nn.LayerNorm(config.n_embd)
-            self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
         self.transformer = nn.ModuleDict(pieces)
+        if self.is_last:  # after the embedding, whose name is the first of the two
+            self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
         self.dropout = nn.Dropout(config.dropout)
         self.tie()
 

@@ -164,7 +164,10 @@ class ParallelModel:
     def _split(self, stage: nn.Module, dtype: torch.dtype) -> None:
         if self.mesh["tp"].size() > 1:
             plan = stage.tensor_parallel_plan(is_sequence_parallel=self.layout.sequence_parallel)
+            frozen = {n for n, parameter in stage.named_parameters() if not parameter.requires_grad}
             parallelize_module(stage, self.mesh["tp"], plan)
+            for name, parameter in stage.named_parameters():  # SequenceParallel thaws its norms
+                parameter.requires_grad_(name not in frozen)
             stage.tie()  # it made two parameters of one
         policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32)
         data = self.mesh["dp_replicate", "dp_shard"]
