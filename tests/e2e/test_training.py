@@ -7,39 +7,23 @@ deterministic trainer need equal weights, moments, random numbers and data.
 from __future__ import annotations
 
 import json
-import os
-import sys
+import shlex
 from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
-import torch.distributed as dist
+
+from tests.support.training import train_rank
 
 pytestmark = pytest.mark.ranks
 
-EXAMPLES = str(Path(__file__).parents[2] / "examples")
 TINY = ["--sequence_length", "16", "--batch_size", "2", "--total_batch_size", "64"]
 TINY += ["--warmup", "5", "--dropout", "0.1"]
 
 
 def run_trainer(flags: list[str]) -> int:
-    """Train in this rank, as ``examples/train.py`` does; the step it ended at."""
-    if EXAMPLES not in sys.path:
-        sys.path.insert(0, EXAMPLES)
-    from flags import parse_flags
-    from train import make_exact, train
-
-    # As torchrun sets it: flags are checked before a process group is there.
-    os.environ["WORLD_SIZE"] = str(dist.get_world_size())
-    is_deterministic, threads = torch.are_deterministic_algorithms_enabled(), 1
-    make_exact()
-    try:
-        return int(train(parse_flags("", [*TINY, *flags])).progress.step)
-    finally:
-        torch.use_deterministic_algorithms(is_deterministic)
-        torch.set_num_threads(threads)
-        del os.environ["WORLD_SIZE"]
+    """Train in this rank; the step it ended at."""
+    return int(train_rank(shlex.join([*TINY, *flags])).progress.step)
 
 
 def losses_of(path: Path) -> dict[int, float]:

@@ -6,10 +6,12 @@ import io
 import os
 import shlex
 import sys
-from contextlib import redirect_stdout
+from collections.abc import Iterator
+from contextlib import contextmanager, redirect_stdout
 from pathlib import Path
 from typing import Any
 
+import torch
 import torch.distributed as dist
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
@@ -24,11 +26,21 @@ def train_rank(command: str) -> Any:
     import train
     from flags import parse_flags
 
+    with _as_in_a_process_of_its_own(), redirect_stdout(io.StringIO()):
+        args = parse_flags("", shlex.split(command))
+        train.make_exact()
+        return train.train(args)
+
+
+@contextmanager
+def _as_in_a_process_of_its_own() -> Iterator[None]:
+    """The rank serves other tests afterwards, some of which look at torch's switches."""
+    is_deterministic = torch.are_deterministic_algorithms_enabled()
+    num_threads = torch.get_num_threads()
     os.environ["WORLD_SIZE"] = str(dist.get_world_size())  # as torchrun sets it
     try:
-        args = parse_flags("", shlex.split(command))
+        yield
     finally:
         del os.environ["WORLD_SIZE"]
-    train.make_exact()
-    with redirect_stdout(io.StringIO()):
-        return train.train(args)
+        torch.use_deterministic_algorithms(is_deterministic)
+        torch.set_num_threads(num_threads)
