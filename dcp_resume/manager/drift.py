@@ -11,9 +11,9 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
-from torch.optim import Optimizer
 
 from dcp_resume.manager.optimizers import EXECUTION, inner_optimizer
+from dcp_resume.manager.stateful import optimizers_of
 from dcp_resume.manifest.models import Manifest
 from dcp_resume.manifest.report import ReportItem, Severity
 from dcp_resume.session.documents import Facts, software
@@ -24,14 +24,12 @@ __all__ = ["fact_differences", "optimizer_facts", "precision_facts"]
 def optimizer_facts(state: Mapping[str, Any]) -> dict[str, Any]:
     """Key of each optimizer in the state → its type and the options of its groups."""
     facts: dict[str, Any] = {}
-    for key, value in state.items():
-        optimizers = value if isinstance(value, (list, tuple)) else [value]
-        if optimizers and all(isinstance(item, Optimizer) for item in optimizers):
-            kind = type(inner_optimizer(optimizers[0]))
-            facts[key] = {
-                "type": f"{kind.__module__}.{kind.__qualname__}",
-                "groups": [_options(group) for group in optimizers[0].param_groups],
-            }
+    for key, (first, *_) in optimizers_of(state).items():
+        kind = type(inner_optimizer(first))
+        facts[key] = {
+            "type": f"{kind.__module__}.{kind.__qualname__}",
+            "groups": [_options(group) for group in first.param_groups],
+        }
     return facts
 
 

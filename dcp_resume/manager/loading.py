@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -99,7 +99,7 @@ def _paths(state: LocalState) -> dict[str, Any]:
     return {fqn: path for fqn, (path, _) in leaves.items()}
 
 
-def _stored(session: LoadSession) -> Any:
+def _stored(session: LoadSession) -> Callable[[str], StoredPart]:
     """What the checkpoint holds below a key, for those who make room for it."""
     catalog = session.opened.catalog
 

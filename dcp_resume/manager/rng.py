@@ -15,7 +15,7 @@ import numpy as np
 import torch
 
 from dcp_resume.errors import ConfigurationError
-from dcp_resume.manifest.report import ReportItem, Severity
+from dcp_resume.manifest.report import ReportItem, Severity, newer_version
 from dcp_resume.session.ranks import place_in_world
 
 __all__ = ["RngState"]
@@ -56,7 +56,6 @@ class RngState:
 
     def state_dict(self) -> dict[str, Any]:
         """The generators' states, as values; they do not advance."""
-        has_cuda = torch.cuda.is_available() and torch.cuda.is_initialized()  # type: ignore[no-untyped-call]
         return {
             "version": VERSION,
             "seed": self.seed,
@@ -65,16 +64,14 @@ class RngState:
             "python": random.getstate(),
             "numpy": np.random.get_state(legacy=False),
             "torch": torch.get_rng_state().numpy(),
-            "cuda": [torch.cuda.get_rng_state().numpy()] if has_cuda else [],
+            "cuda": [torch.cuda.get_rng_state().numpy()] if _has_cuda_state() else [],
         }
 
     def differences(self, saved: Mapping[str, Any]) -> Iterator[ReportItem]:
         """Whether each rank can go on with its own stream."""
-        if saved.get("version", VERSION) > VERSION:
-            message = (
-                f"saved by version {saved['version']}, this library knows {VERSION}; update it"
-            )
-            yield ReportItem(Severity.REFUSE, "version", "version", message)
+        newer = newer_version(saved, VERSION)
+        if newer:
+            yield from newer
             return
         streams = saved.get("num_streams", 0)
         if streams and (streams, saved.get("stream")) != (self.num_streams, self.stream):
@@ -84,7 +81,7 @@ class RngState:
                 f"its number"
             )
             yield ReportItem(Severity.WARN, "rng", "", message)
-        elif bool(saved.get("cuda")) != bool(self.state_dict()["cuda"]):
+        elif bool(saved.get("cuda")) != _has_cuda_state():
             message = "a CUDA generator is on one side only: it keeps its state, or is left out"
             yield ReportItem(Severity.WARN, "precision", "cuda", message)
 
@@ -106,3 +103,8 @@ class RngState:
         random.seed(digest[:8])
         np.random.seed(np.frombuffer(digest[8:16], np.uint32))
         torch.manual_seed(int.from_bytes(digest[16:], "little") >> 1)  # CUDA's generators too
+
+
+def _has_cuda_state() -> bool:
+    """Whether this process draws from a CUDA generator; asking must not start CUDA."""
+    return torch.cuda.is_available() and bool(torch.cuda.is_initialized())  # type: ignore[no-untyped-call]

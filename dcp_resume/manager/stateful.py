@@ -44,6 +44,7 @@ __all__ = [
     "bind_state",
     "choose_state",
     "declarations_of",
+    "optimizers_of",
     "without_optimizers",
 ]
 
@@ -280,7 +281,13 @@ def choose_state(state: Mapping[str, Any], optimizers: OptimizerState) -> dict[s
 
 def without_optimizers(state: Mapping[str, Any]) -> dict[str, Any]:
     """The state without its optimizers."""
-    return {key: value for key, value in state.items() if not _all_are(value, Optimizer)}
+    optimizers = optimizers_of(state)
+    return {key: value for key, value in state.items() if key not in optimizers}
+
+
+def optimizers_of(state: Mapping[str, Any]) -> dict[str, list[Optimizer]]:
+    """Key of each part of the state that is optimizers → those of this rank's model parts."""
+    return {key: _as_list(value) for key, value in state.items() if _all_are(value, Optimizer)}
 
 
 def declarations_of(declared: Declarations, state: Mapping[str, Any]) -> Declarations:

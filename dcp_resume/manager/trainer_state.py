@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 
 from dcp_resume.errors import ConfigurationError
 from dcp_resume.manifest.models import TrainerFacts
-from dcp_resume.manifest.report import ReportItem, Severity
+from dcp_resume.manifest.report import ReportItem, Severity, newer_version
 
 __all__ = ["Ancestor", "TrainerState", "check_trainer", "note_ancestor", "trainer_facts"]
 
@@ -159,11 +159,7 @@ class TrainerState:
 
     def differences(self, saved: Mapping[str, Any]) -> Iterator[ReportItem]:
         """A newer version, and metrics whose best would mean something else."""
-        if saved.get("version", VERSION) > VERSION:
-            message = (
-                f"saved by version {saved['version']}, this library knows {VERSION}; update it"
-            )
-            yield ReportItem(Severity.REFUSE, "version", "version", message)
+        yield from newer_version(saved, VERSION)
         before = dict(saved.get("modes", ()))
         for name in sorted(before.keys() & self.modes.keys()):
             if before[name] != self.modes[name]:

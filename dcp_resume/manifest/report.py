@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from enum import IntEnum
 from fnmatch import fnmatchcase
 
-__all__ = ["ReportItem", "Severity", "overridden"]
+__all__ = ["ReportItem", "Severity", "newer_version", "overridden"]
 
 
 class Severity(IntEnum):
@@ -34,7 +34,7 @@ class ReportItem:
     kind: str
     """``missing``, ``unexpected``, ``shape``, ``dtype``, ``kind``, ``layout``, ``tied``,
     ``per_rank``, ``topology``, ``model``, ``optimizer``, ``data``, ``position``, ``precision``,
-    ``software``, ``rng`` or ``trainer``."""
+    ``software``, ``rng``, ``trainer`` or ``version``."""
     where: str
     """FQN, or the field of the manifest."""
     message: str
@@ -45,6 +45,19 @@ class ReportItem:
 
 FINAL_KINDS = frozenset({"shape", "dtype", "kind", "layout", "leaf", "position"})
 """Differences that make a load impossible, whatever the caller accepts."""
+
+
+def newer_version(saved: Mapping[str, object], known: int) -> tuple[ReportItem, ...]:
+    """Refuse the state of an object that a newer version of its class saved.
+
+    >>> [str(item) for item in newer_version({"version": 2}, known=1)]
+    ['refuse: version: saved by version 2, this library knows 1; update it [version]']
+    """
+    version = saved.get("version", known)
+    if isinstance(version, int) and version <= known:
+        return ()
+    message = f"saved by version {version}, this library knows {known}; update it"
+    return (ReportItem(Severity.REFUSE, "version", "version", message),)
 
 
 def overridden(
