@@ -19,8 +19,10 @@ if TYPE_CHECKING:
     from dcp_resume.manager.trainer_state import TrainerState
     from dcp_resume.manifest.models import Manifest
     from dcp_resume.manifest.report import ReportItem, Severity
-    from dcp_resume.planning.declared import Declarations, MeshPlace, Segment, Split
+    from dcp_resume.planning.declarations import Declarations
+    from dcp_resume.planning.declared import Flat, Member, Padding, Segment, Split
     from dcp_resume.planning.load_planner import LoadPlanner
+    from dcp_resume.planning.mesh_place import MeshPlace
     from dcp_resume.planning.save_planner import SavePlanner
     from dcp_resume.session.compare import LoadReport, Strictness
     from dcp_resume.session.dcp_reader import Reader
@@ -36,14 +38,17 @@ else:
     _HOMES = {
         "Apply": "dcp_resume.session.targets",
         "CheckpointManager": "dcp_resume.manager.checkpoint_manager",
-        "Declarations": "dcp_resume.planning.declared",
+        "Declarations": "dcp_resume.planning.declarations",
+        "Flat": "dcp_resume.planning.declared",
         "LoadOptions": "dcp_resume.session.load",
         "LoadPlanner": "dcp_resume.planning.load_planner",
         "LoadReport": "dcp_resume.session.compare",
         "LoadResult": "dcp_resume.session.load",
         "Manifest": "dcp_resume.manifest.models",
-        "MeshPlace": "dcp_resume.planning.declared",
+        "Member": "dcp_resume.planning.declared",
+        "MeshPlace": "dcp_resume.planning.mesh_place",
         "OptimizerState": "dcp_resume.manager.stateful",
+        "Padding": "dcp_resume.planning.declared",
         "PendingSave": "dcp_resume.manager.pending",
         "Reader": "dcp_resume.session.dcp_reader",
         "ReportItem": "dcp_resume.manifest.report",
@@ -78,13 +83,16 @@ __all__ = [
     "Apply",
     "CheckpointManager",
     "Declarations",
+    "Flat",
     "LoadOptions",
     "LoadPlanner",
     "LoadReport",
     "LoadResult",
     "Manifest",
+    "Member",
     "MeshPlace",
     "OptimizerState",
+    "Padding",
     "PendingSave",
     "Reader",
     "ReportItem",

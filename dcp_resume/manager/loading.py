@@ -17,8 +17,11 @@ from dcp_resume.manager.stateful import (
     declarations_of,
     without_optimizers,
 )
+from dcp_resume.manifest.models import PathKey
 from dcp_resume.manifest.report import ReportItem, Severity
+from dcp_resume.planning.declarations import Declarations
 from dcp_resume.planning.state import LocalState, describe_state
+from dcp_resume.planning.ties import Ties
 from dcp_resume.session.documents import Facts
 from dcp_resume.session.load import LoadOptions, LoadResult, LoadSession, Located
 from dcp_resume.session.opening import OpenedCheckpoint
@@ -74,7 +77,7 @@ def load_located(
         bound = bind_state(wanted, options.parts)
         bounds.append(bound)
         declarations = declarations_of(settings.declarations, wanted)
-        return describe_state(bound.targets(_stored(session)), declarations)
+        return describe_state(bound.targets(_stored(session, declarations)), declarations)
 
     def differences(opened: OpenedCheckpoint, values: Mapping[str, object]) -> Iterable[ReportItem]:
         yield from bounds[0].differences(values, _paths(session.state))
@@ -99,22 +102,39 @@ def _paths(state: LocalState) -> dict[str, Any]:
     return {fqn: path for fqn, (path, _) in leaves.items()}
 
 
-def _stored(session: LoadSession) -> Callable[[str], StoredPart]:
-    """What the checkpoint holds below a key, for those who make room for it."""
-    catalog = session.opened.catalog
+def _stored(session: LoadSession, declarations: Declarations) -> Callable[[str], StoredPart]:
+    """What the checkpoint holds below a key, for those who make room for it.
+
+    What is stored under one of several tied names is there under each of them.
+    """
+    tensors = session.opened.catalog.tensors
+    ties = Ties(declarations.ties, [entry.fqn for entry in tensors])
 
     def below(key: str) -> StoredPart:
+        own = {e.path[1:]: e for e in tensors if e.path[0] == key and e.path[1:]}
+        values = [tuple(p[1:]) for p, _ in session.values.values() if p[0] == key and p[1:]]
+        shapes = {
+            str(path[0]): e.global_shape
+            for e in tensors
+            if e.path[0] != key and len(e.path) == 2
+            for path in _tied_paths(str(e.path[0]), e.path[1:], ties)
+        }
+        tied = {path: e for p, e in own.items() for path in _tied_paths(key, p, ties)}
         return StoredPart(
-            tensors={e.path[1:]: e for e in catalog.tensors if e.path[0] == key and e.path[1:]},
-            values=[tuple(p[1:]) for p, _ in session.values.values() if p[0] == key and p[1:]],
-            shapes={
-                str(e.path[1]): e.global_shape
-                for e in catalog.tensors
-                if e.path[0] != key and len(e.path) == 2
-            },
+            tensors={**tied, **own},
+            values=[path for p in values for path in _tied_paths(key, p, ties)],
+            shapes=shapes,
         )
 
     return below
+
+
+def _tied_paths(key: str, path: tuple[PathKey, ...], ties: Ties) -> list[tuple[PathKey, ...]]:
+    """Every key path below ``key`` under which a leaf may be asked for."""
+    head, *rest = path
+    if not isinstance(head, str):
+        return [path]
+    return [(name.removeprefix(f"{key}."), *rest) for name in ties.names(f"{key}.{head}")]
 
 
 def _without_parts(

@@ -9,7 +9,7 @@ from typing import Any
 
 from dcp_resume.errors import ConfigurationError
 from dcp_resume.manager.stateful import OptimizerState
-from dcp_resume.planning.state import Declarations
+from dcp_resume.planning.declarations import Declarations
 from dcp_resume.session.load import LoadOptions
 from dcp_resume.storage import RetryPolicy
 

@@ -33,7 +33,7 @@ from dcp_resume.errors import ConfigurationError
 from dcp_resume.manager.fsdp1 import Fsdp1Optimizers, is_fsdp1
 from dcp_resume.manager.optimizers import Optimizers, StoredPart, merge_disjoint
 from dcp_resume.manifest.report import ReportItem
-from dcp_resume.planning.state import Declarations
+from dcp_resume.planning.declarations import Declarations
 
 __all__ = [
     "Bound",

@@ -238,6 +238,8 @@ class Segment(Document):
     units: Count = 0
     """Pieces that cannot be split further, such as heads; of fewer than ranks, neighbours hold
     copies. 0: every row may be split from the next."""
+    dim: Count = 0
+    """The dimension that the segments divide."""
 
 
 class Padding(Document):

@@ -32,9 +32,10 @@ class ReportItem:
 
     severity: Severity
     kind: str
-    """``missing``, ``unexpected``, ``shape``, ``dtype``, ``kind``, ``layout``, ``tied``,
-    ``per_rank``, ``topology``, ``model``, ``optimizer``, ``data``, ``position``, ``precision``,
-    ``software``, ``rng``, ``trainer`` or ``version``."""
+    """``missing``, ``unexpected``, ``shape``, ``dtype``, ``kind``, ``layout``, ``segments``,
+    ``padding``, ``tied``, ``per_rank``, ``topology``, ``model``, ``optimizer``, ``data``,
+    ``position``, ``precision``, ``software``, ``rng``, ``trainer`` or
+    ``version``."""
     where: str
     """FQN, or the field of the manifest."""
     message: str
@@ -43,7 +44,7 @@ class ReportItem:
         return f"{self.severity.name.lower()}: {self.where}: {self.message} [{self.kind}]"
 
 
-FINAL_KINDS = frozenset({"shape", "dtype", "kind", "layout", "leaf", "position"})
+FINAL_KINDS = frozenset({"shape", "dtype", "kind", "layout", "segments", "leaf", "position"})
 """Differences that make a load impossible, whatever the caller accepts."""
 
 

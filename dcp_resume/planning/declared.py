@@ -1,4 +1,4 @@
-"""What a caller knows of its tensors and torch does not say: per-rank values, and declared shards.
+"""The words for local tensors that code cut itself, without DTensor. Pure integers.
 
 Code that cuts its weights itself (Megatron's parallel layers, packed QKV, expert parallelism) holds
 plain local tensors. A ``Split`` says which mesh axis cuts which dim, so that they are saved as
@@ -7,92 +7,79 @@ pieces of one global tensor, and read back by any other mesh:
     >>> place = MeshPlace(("tp",), (2,), (1,))
     >>> Split({"tp": 0}).global_shape((6, 4), place)
     (12, 4)
-    >>> qkv = Split({"tp": 0}, (Segment(name="q", size=8), Segment(name="kv", size=4)))
+    >>> qkv = Split({"tp": 0}, (Segment("q", 8), Segment("kv", 4)))
     >>> [(b.box.offsets[0], b.box.sizes[0]) for b in qkv.held((12, 4), place)]
     [(4, 4), (10, 2)]
+
+A ``Flat`` says that a buffer is a range of many tensors, end to end, as ZeRO cuts them.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field
-from fnmatch import fnmatchcase
-from hashlib import blake2b
-
-from torch.distributed.device_mesh import DeviceMesh
+from dataclasses import dataclass
 
 from dcp_resume.errors import ConfigurationError
-from dcp_resume.manifest.models import MeshEntry, Segment
+from dcp_resume.planning.mesh_place import MeshPlace
 from dcp_resume.planning.placements import AxisSplit, HeldBox, held_boxes
 
-__all__ = ["Declarations", "MeshPlace", "Segment", "Split", "mesh_entry"]
+__all__ = ["Flat", "Layout", "Member", "Padding", "Segment", "Split"]
 
 
 @dataclass(frozen=True, slots=True)
-class MeshPlace:
-    """A mesh of ranks, numbered row by row from 0, and where this rank is on it.
+class Segment:
+    """A run of a split dim that is split by itself, such as Q in a packed QKV.
 
     Raises:
-        ConfigurationError: Axes, sizes and coordinate do not belong together.
+        ConfigurationError: The units do not divide the size.
     """
 
-    axes: tuple[str, ...] = ()
-    """Names, outermost first."""
-    shape: tuple[int, ...] = ()
-    """Ranks on each axis."""
-    coordinate: tuple[int, ...] = ()
-    first_rank: int = 0
-    """The mesh's lowest global rank: of the second of two pipeline stages of 4 ranks, 4."""
+    name: str
+    size: int
+    """In the whole tensor."""
+    units: int = 0
+    """Pieces that are not split further, such as heads; 0: every row may be."""
 
     def __post_init__(self) -> None:
-        is_fitting = len(self.axes) == len(set(self.axes)) == len(self.shape)
-        is_fitting = is_fitting and len(self.shape) == len(self.coordinate)
-        if not is_fitting or any(
-            not 0 <= c < n for c, n in zip(self.coordinate, self.shape, strict=True)
-        ):
-            raise ConfigurationError(
-                f"a mesh needs distinct axes, a size for each, and a coordinate below each size, "
-                f"got axes {self.axes}, shape {self.shape}, coordinate {self.coordinate}",
-                option="mesh",
+        if self.size < 1 or self.units < 0 or (self.units and self.size % self.units):
+            raise _wrong(
+                f"segment {self.name!r} of {self.size} rows in {self.units} units: the size must "
+                f"be positive, and the units divide it evenly"
             )
 
-    @classmethod
-    def of(cls, mesh: DeviceMesh) -> MeshPlace:
-        """The place of this rank on a device mesh whose ranks follow one another.
+    def piece(self, split: AxisSplit) -> AxisSplit:
+        """A rank's piece: its share of the units, or, of fewer units than ranks, one of them.
 
         Raises:
-            ConfigurationError: They do not, or this rank is not among them.
+            ConfigurationError: Neither do the ranks divide the units, nor the units the ranks.
         """
-        ranks = mesh.mesh.flatten().tolist()
-        coordinate = mesh.get_coordinate()
-        if ranks != list(range(ranks[0], ranks[0] + len(ranks))) or coordinate is None:
-            raise ConfigurationError(
-                f"the mesh has ranks {ranks}, this one at {coordinate}; declare shards on a mesh "
-                f"whose ranks follow one another",
-                option="mesh",
+        units = self.units or self.size
+        fewer = min(units, split.count)
+        if units % fewer or split.count % fewer:
+            raise _wrong(
+                f"segment {self.name!r} of {self.size} rows in {units} units cannot be shared "
+                f"evenly by {split.count} ranks; units must divide by the ranks, or the ranks by "
+                f"the units"
             )
-        axes = tuple(mesh.mesh_dim_names or (f"axis{i}" for i in range(mesh.ndim)))
-        return cls(axes, tuple(mesh.shape), tuple(coordinate), ranks[0])
+        return AxisSplit(fewer, split.coordinate // (split.count // fewer))
 
-    def entry(self) -> MeshEntry:
-        """The same for the manifest."""
-        ranks = tuple(range(self.first_rank, self.first_rank + math.prod(self.shape)))
-        return mesh_entry(self.axes, self.shape, ranks)
 
-    def split(self, axis: str) -> AxisSplit:
-        """How an axis splits, as seen from this rank.
+@dataclass(frozen=True, slots=True)
+class Padding:
+    """A dim whose rows from ``logical_size`` on only fill it up; how many depends on the mesh.
 
-        Raises:
-            ConfigurationError: The mesh has no such axis.
-        """
-        if axis not in self.axes:
-            raise ConfigurationError(
-                f"a layout names the mesh axis {axis!r}; the declared mesh has {self.axes}",
-                option="layouts",
-            )
-        position = self.axes.index(axis)
-        return AxisSplit(self.shape[position], self.coordinate[position])
+    Raises:
+        ConfigurationError: A negative number.
+    """
+
+    logical_size: int
+    """Rows that mean something, in the whole tensor: 50,257 words of a vocabulary."""
+    dim: int = 0
+
+    def __post_init__(self) -> None:
+        if self.logical_size < 0 or self.dim < 0:
+            raise _wrong(f"a padding of dim {self.dim} from {self.logical_size} on")
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,25 +91,35 @@ class Split:
     proof.
 
     Raises:
-        ConfigurationError: Segments without exactly one dim that is split.
+        ConfigurationError: Segments without a dim that is split, or with one that is padded.
     """
 
     dims: Mapping[str, int]
     """Mesh axis → tensor dim. Of two axes on one dim the first named splits first."""
     segments: tuple[Segment, ...] = ()
-    """Runs of the split dim, in global rows, each split by itself: the local tensor is this rank's
-    piece of the first, then of the second, and so on. A segment of fewer ``units`` (key-value
-    heads) than ranks has each unit on several neighbouring ranks."""
+    """Runs of the dim that is named last, in global rows, each split by itself: the local tensor is
+    this rank's piece of the first, then of the second, and so on. A segment of fewer ``units``
+    (key-value heads) than ranks has each unit on several neighbouring ranks."""
+    padding: Padding | None = None
+    """The padded dim of the whole, if there is one."""
 
     def __post_init__(self) -> None:
-        if self.segments and len(set(self.dims.values())) != 1:
-            raise ConfigurationError(
-                f"segments need exactly one split dim, got {dict(self.dims)}", option="layouts"
-            )
+        if any(dim < 0 for dim in self.dims.values()):
+            raise _wrong(f"dims must not be negative, got {dict(self.dims)}")
+        if self.segments and not self.dims:
+            raise _wrong("segments need a dim that is split")
+        if self.segments and self.padding and self.padding.dim == self.segment_dim:
+            raise _wrong(f"dim {self.segment_dim} has both segments and padding")
+
+    @property
+    def segment_dim(self) -> int:
+        """The dim that segments divide: the one named last."""
+        return list(self.dims.values())[-1]
 
     def fits(self, ndim: int) -> bool:
         """Whether a tensor of so many dims can be split so; a step count beside it cannot."""
-        return all(dim < ndim for dim in self.dims.values()) and (ndim > 0 or not self.dims)
+        dims = [*self.dims.values(), *([self.padding.dim] if self.padding else [])]
+        return all(dim < ndim for dim in dims) and (ndim > 0 or not dims)
 
     def rule(self) -> dict[str, int]:
         """Mesh axis → dim, for the manifest."""
@@ -132,13 +129,13 @@ class Split:
         """Shape of the whole tensor, from this rank's.
 
         Raises:
-            ConfigurationError: A segment cannot be split so, or an axis is unknown.
+            ConfigurationError: An axis is unknown.
         """
         shape = list(local_shape)
         for axis, dim in self.dims.items():
             shape[dim] *= place.split(axis).count
-        for dim in set(self.dims.values()) if self.segments else ():
-            shape[dim] = sum(segment.size for segment in self.segments)
+        if self.segments:
+            shape[self.segment_dim] = sum(segment.size for segment in self.segments)
         return tuple(shape)
 
     def held(self, global_shape: tuple[int, ...], place: MeshPlace) -> tuple[HeldBox, ...]:
@@ -152,12 +149,15 @@ class Split:
             splits[dim].append(place.split(axis))
         if not self.segments:
             return tuple(held_boxes(global_shape, splits))
-        (dim,) = set(self.dims.values())
+        dim = self.segment_dim
+        joint = place.joint_split([axis for axis, d in self.dims.items() if d == dim])
+        if joint.count == 1:  # segment after segment: one box
+            return tuple(held_boxes(global_shape, splits))
         held: list[HeldBox] = []
         start = local = 0
         for segment in self.segments:
             shape = (*global_shape[:dim], segment.size, *global_shape[dim + 1 :])
-            own = [*splits[:dim], _split_of(segment, splits[dim]), *splits[dim + 1 :]]
+            own = [*splits[:dim], [segment.piece(joint)], *splits[dim + 1 :]]
             for box in held_boxes(shape, own):
                 held.append(box.shifted(dim, by=start, local_by=local))
                 local += box.box.sizes[dim]
@@ -165,56 +165,59 @@ class Split:
         return tuple(held)
 
 
-def _split_of(segment: Segment, splits: list[AxisSplit]) -> list[AxisSplit]:
-    count = math.prod(split.count for split in splits)
-    place = 0
-    for split in splits:
-        place = place * split.count + split.coordinate
-    units = segment.units or segment.size
-    fewer = min(units, count)
-    if units % fewer or count % fewer or segment.size % units:
-        raise ConfigurationError(
-            f"segment {segment.name!r} of {segment.size} rows in {units} units cannot be shared "
-            f"evenly by {count} ranks; units must divide by the ranks, or the ranks by the units",
-            option="layouts",
-        )
-    return [AxisSplit(fewer, place // (count // fewer))]
+@dataclass(frozen=True, slots=True)
+class Member:
+    """One tensor of a flat buffer."""
 
+    name: str
+    """Of the parameter, as the template of the buffer wants it."""
+    shape: tuple[int, ...]
+    """On this rank before the buffer was cut: of a tensor-parallel weight its local shape."""
 
-def mesh_entry(axes: tuple[str, ...], shape: tuple[int, ...], ranks: tuple[int, ...]) -> MeshEntry:
-    """Describe a mesh; equal meshes get equal ids on every rank."""
-    text = f"{axes}{shape}{ranks}".encode()
-    return MeshEntry(
-        id="mesh-" + blake2b(text, digest_size=6).hexdigest(),
-        axes=axes,
-        shape=shape,
-        ranks=None if ranks == tuple(range(len(ranks))) else ranks,
-    )
+    @property
+    def num_elements(self) -> int:
+        """Elements of the shape."""
+        return math.prod(self.shape)
 
 
 @dataclass(frozen=True, slots=True)
-class Declarations:
-    """What the caller knows of leaves and torch does not say. Patterns as in ``fnmatch``."""
+class Flat:
+    """A flat buffer: an even range of many tensors that were laid end to end, as by ZeRO.
 
-    per_rank: tuple[str, ...] = ()
-    """FQNs whose value differs between ranks on purpose, and is kept for each."""
-    from_rank: Mapping[str, int] = field(default_factory=dict)
-    """FQN pattern → the rank whose value stands for all."""
+    The ranks of ``axes`` together hold all members in their order, and maybe padding behind the
+    last. Each rank's range is saved as boxes of the members it touches, each under a name of its
+    own, so that any other cut, and an optimizer with whole tensors, reads them.
 
-    mesh: MeshPlace = field(default_factory=MeshPlace)
-    """Where this rank is, for ``layouts``."""
-    layouts: Mapping[str, Split] = field(default_factory=dict)
-    """FQN pattern → how plain tensors of such names, and the moments of these, are cut."""
+    Raises:
+        ConfigurationError: No axes, a template without ``{}``, or a member twice.
+    """
 
-    def layout_of(self, fqn: str, ndim: int) -> Split | None:
-        """The first layout whose pattern matches ``fqn`` and that fits its dims, if any."""
-        found = (split for p, split in self.layouts.items() if fnmatchcase(fqn, p))
-        return next((split for split in found if split.fits(ndim)), None)
+    members: tuple[Member, ...]
+    axes: tuple[str, ...]
+    """Mesh axes that cut the buffer; the first named is the outermost."""
+    template: str
+    """Dotted name of a member's leaf: ``optim.state.{}.exp_avg``, with its name for ``{}``."""
 
-    def is_per_rank(self, fqn: str) -> bool:
-        """Whether ``fqn`` was declared per-rank."""
-        return any(fnmatchcase(fqn, pattern) for pattern in self.per_rank)
+    def __post_init__(self) -> None:
+        names = [member.name for member in self.members]
+        if len(set(names)) != len(names) or not self.axes or self.template.count("{}") != 1:
+            raise _wrong(
+                f"a flat buffer needs members of different names, an axis or more, and one {{}} in "
+                f"its template, got {len(names)} members, axes {self.axes}, {self.template!r}"
+            )
 
-    def source_rank(self, fqn: str) -> int | None:
-        """The rank whose value of ``fqn`` stands for all, if one was declared."""
-        return next((r for p, r in self.from_rank.items() if fnmatchcase(fqn, p)), None)
+    def fqn(self, member: Member) -> str:
+        """Dotted name of a member's leaf."""
+        return self.template.replace("{}", member.name)
+
+    @property
+    def num_elements(self) -> int:
+        """Elements of all members."""
+        return sum(member.num_elements for member in self.members)
+
+
+Layout = Split | Flat
+
+
+def _wrong(message: str) -> ConfigurationError:
+    return ConfigurationError(f"a layout cannot be used: {message}", option="layouts")

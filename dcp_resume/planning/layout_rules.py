@@ -14,15 +14,14 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
-from hashlib import blake2b
 from typing import Any, NamedTuple
 
 from dcp_resume.errors import ConfigurationError
 from dcp_resume.manifest.models import MeshEntry
+from dcp_resume.planning.mesh_place import PIPELINE_AXIS, mesh_entry
 
 __all__ = ["LayoutRules", "TargetMesh", "TensorRule"]
 
-PIPELINE_AXIS = "pp"
 MAX_WORLD_SIZE = 99_999
 """Names of data files have five digits for the rank."""
 
@@ -124,13 +123,7 @@ class TargetMesh:
 
 def _entry(axes: Sequence[Axis], ranks: range) -> MeshEntry:
     names, shape = tuple(axis.name for axis in axes), tuple(axis.size for axis in axes)
-    text = f"{names}{shape}{tuple(ranks)}".encode()
-    return MeshEntry(
-        id="mesh-" + blake2b(text, digest_size=6).hexdigest(),
-        axes=names,
-        shape=shape,
-        ranks=None if ranks.start == 0 else tuple(ranks),
-    )
+    return mesh_entry(names, shape, tuple(ranks))
 
 
 @dataclass(frozen=True, slots=True)

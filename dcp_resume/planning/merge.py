@@ -9,13 +9,12 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from dcp_resume.errors import IncompletePlan, Problem, ReplicaMismatch, summarise
+from dcp_resume.errors import IncompletePlan, Problem, summarise
 from dcp_resume.format.dtypes import ITEMSIZES
 from dcp_resume.manifest.models import MeshEntry, TensorEntry
 from dcp_resume.planning.balance import assign_writers, share_rows
@@ -24,11 +23,12 @@ from dcp_resume.planning.plans import (
     SHARED_LEAVES,
     LocalPlan,
     RankPlan,
-    decode_structure,
     leaves_entry,
     resize,
 )
+from dcp_resume.planning.replicas import deduplicate, join_aliases
 from dcp_resume.planning.table import Table
+from dcp_resume.planning.union import Union, unite
 from dcp_resume.planning.values import merge_values
 
 __all__ = ["GlobalPlan", "merge"]
@@ -94,17 +94,18 @@ def merge(plans: Sequence[LocalPlan]) -> GlobalPlan:
     Raises:
         IncompletePlan: Ranks contradict each other about a tensor, or the chunks of one do not
             tile it.
-        ReplicaMismatch: Assumed replicas, or values without a declaration, differ between ranks.
+        ReplicaMismatch: Assumed replicas, tied tensors, or values without a declaration differ.
     """
-    union = _unite(plans)
+    union = unite(plans)
     table, digests = _concatenate(plans, union)
     table, tensors = _place_per_rank(table, union.tensors)
-    table, digests, tensors = _drop_aliases(table, digests, tensors, union)
-    unique, holders = _deduplicate(table, digests, tensors)
+    named = join_aliases(table, digests, tensors, union)
+    unique, holders = deduplicate(named)
+    tensors = named.tensors
     _check_tiling(unique, tensors)
     written = _balance(unique, holders, tensors, len(plans))
     values, inline, num_values = merge_values(plans)
-    local_ids = {s: {g: n for n, g in enumerate(ids)} for s, ids in union.global_ids.items()}
+    local_ids = {s: _local_ids(ids, named.first) for s, ids in union.global_ids.items()}
     for fqn, data in inline.items():
         tensors = (
             *tensors,
@@ -123,74 +124,13 @@ def merge(plans: Sequence[LocalPlan]) -> GlobalPlan:
     )
 
 
-@dataclass(frozen=True, slots=True)
-class _Union:
-    tensors: tuple[TensorEntry, ...]
-    meshes: Mapping[str, MeshEntry]
-    global_ids: Mapping[bytes, list[int]]
-    """Structure → per local tensor its position in ``tensors``."""
-    is_own: npt.NDArray[np.bool_]
-    """``[tensors]`` whether some rank holds bytes of it that are no other tensor's."""
+def _local_ids(global_ids: Sequence[int], first: Mapping[int, int]) -> dict[int, int]:
+    """Position in the checkpoint → in the rank's structure; a first name also by a further one."""
+    local = {first[g]: n for n, g in enumerate(global_ids) if g in first}
+    return {**local, **{g: n for n, g in enumerate(global_ids)}}
 
 
-_COMPARED = ("dtype", "global_shape", "part", "path", "codec")
-
-
-def _unite(plans: Sequence[LocalPlan]) -> _Union:
-    tensors: list[TensorEntry] = []
-    ids: dict[str, int] = {}
-    meshes: dict[str, MeshEntry] = {}
-    global_ids: dict[bytes, list[int]] = {}
-    own: dict[bytes, npt.NDArray[np.bool_]] = {}
-    problems: list[Problem] = []
-    for plan in plans:
-        if plan.structure in global_ids:
-            continue
-        entries, plan_meshes = decode_structure(plan.structure)
-        meshes.update((mesh.id, mesh) for mesh in plan_meshes)
-        global_ids[plan.structure] = row = []
-        own[plan.structure] = np.asarray([entry.alias_of is None for entry in entries], bool)
-        for entry in entries:
-            known = ids.setdefault(entry.fqn, len(tensors))
-            if known == len(tensors):
-                tensors.append(entry)
-            row.append(known)
-            problems.extend(_contradictions(tensors[known], entry, plan.rank))
-            tensors[known] = _united(tensors[known], entry)
-    if problems:
-        raise IncompletePlan(
-            f"ranks contradict each other:\n{summarise(problems)}\n"
-            f"give different tensors different names (pipeline stages: global layer names)",
-            problems=tuple(problems),
-        )
-    is_own = np.zeros(len(tensors), bool)
-    for plan in plans:
-        # A rank whose shard is empty cannot tell that it is tied, and has no say.
-        held = plan.tensor[own[plan.structure][plan.tensor]]
-        is_own[np.asarray(global_ids[plan.structure], np.int64)[held]] = True
-    return _Union(tuple(tensors), meshes, global_ids, is_own)
-
-
-def _united(known: TensorEntry, entry: TensorEntry) -> TensorEntry:
-    best = entry if known.kind == "replicated" and entry.kind == "sharded" else known
-    alias = known.alias_of or entry.alias_of
-    return best if best.alias_of == alias else best.model_copy(update={"alias_of": alias})
-
-
-def _contradictions(known: TensorEntry, entry: TensorEntry, rank: int) -> list[Problem]:
-    per_rank = "per_rank" in (known.kind, entry.kind)
-    return [
-        Problem(
-            entry.fqn,
-            name,
-            f"rank {rank} says {getattr(entry, name)!r}, a rank before it {getattr(known, name)!r}",
-        )
-        for name in (*_COMPARED, *(("kind",) if per_rank else ()))
-        if getattr(entry, name) != getattr(known, name)
-    ]
-
-
-def _concatenate(plans: Sequence[LocalPlan], union: _Union) -> tuple[Table, npt.NDArray[np.uint64]]:
+def _concatenate(plans: Sequence[LocalPlan], union: Union) -> tuple[Table, npt.NDArray[np.uint64]]:
     width = max((plan.offsets.shape[1] for plan in plans), default=1) + 1
     tables = []
     for plan in plans:
@@ -229,90 +169,6 @@ def _place_per_rank(
             shape = (len(rows), *entry.global_shape)
         placed[position] = entry.model_copy(update={"global_shape": shape})
     return Table(table.tensor, table.rank, offsets, sizes), tuple(placed)
-
-
-def _drop_aliases(
-    table: Table,
-    digests: npt.NDArray[np.uint64],
-    tensors: tuple[TensorEntry, ...],
-    union: _Union,
-) -> tuple[Table, npt.NDArray[np.uint64], tuple[TensorEntry, ...]]:
-    """Keep no chunk of a tensor that every rank holding it calls an alias.
-
-    Where pipeline stages hold the two ends apart, some rank holds the second name as its own
-    tensor, and its bytes are stored.
-    """
-    resolved = list(tensors)
-    is_alias = np.zeros(len(tensors) + 1, bool)
-    for position, entry in enumerate(tensors):
-        if entry.alias_of is None:
-            continue
-        if union.is_own[position]:
-            resolved[position] = entry.model_copy(update={"alias_of": None})
-        else:
-            is_alias[position] = True
-            resolved[position] = entry.model_copy(update={"kind": "alias"})
-    keep = ~is_alias[table.tensor]
-    return table.take(keep), digests[keep], tuple(resolved)
-
-
-def _row_groups(table: Table) -> npt.NDArray[np.int64]:
-    """Number rows so that two get the same number exactly if tensor and box are equal."""
-    if not len(table.tensor):
-        return np.zeros(0, np.int64)
-    key = np.column_stack([table.tensor, table.offsets, table.sizes])
-    mix = np.uint64(0x9E3779B97F4A7C15)
-    hashed = np.zeros(len(key), np.uint64)
-    with np.errstate(over="ignore"):
-        for column in key.T:
-            hashed = (hashed ^ column.astype(np.uint64)) * mix
-            hashed ^= hashed >> np.uint64(29)
-    _, first, group = np.unique(hashed, return_index=True, return_inverse=True)
-    if not np.array_equal(key[first][group], key):  # two boxes met under one hash
-        _, group = np.unique(key, axis=0, return_inverse=True)
-    return group.reshape(-1).astype(np.int64)
-
-
-def _deduplicate(
-    table: Table, digests: npt.NDArray[np.uint64], tensors: tuple[TensorEntry, ...]
-) -> tuple[Table, list[list[int]]]:
-    """One row a distinct chunk, and the ranks that hold it.
-
-    Raises:
-        ReplicaMismatch: Chunks that no placement proves equal have different digests.
-    """
-    group = _row_groups(table)
-    order = np.lexsort((table.rank, group))
-    group, rows, prints = group[order], table.take(order), digests[order]
-    starts = np.flatnonzero(np.r_[True, group[1:] != group[:-1]]) if len(group) else group
-    counts = np.diff(np.r_[starts, len(group)])
-    leader = np.repeat(starts, counts)
-    wrong = np.flatnonzero((prints != prints[leader]).any(axis=1))
-    if len(wrong):
-        _refuse_replicas(rows, wrong, leader, tensors)
-    bounds = np.r_[starts, len(group)].tolist()
-    ranks = rows.rank.tolist()
-    holders = [ranks[a:b] for a, b in pairwise(bounds)]
-    return rows.take(starts), holders
-
-
-def _refuse_replicas(
-    rows: Table, wrong: npt.NDArray[Any], leader: I64, tensors: Sequence[TensorEntry]
-) -> None:
-    found: dict[str, set[int]] = {}
-    for row in wrong.tolist():
-        ranks = found.setdefault(tensors[int(rows.tensor[row])].fqn, set())
-        ranks.update((int(rows.rank[row]), int(rows.rank[leader[row]])))
-    problems = tuple(
-        Problem(fqn, "replica", f"ranks {sorted(ranks)} hold different values")
-        for fqn, ranks in found.items()
-    )
-    raise ReplicaMismatch(
-        f"tensors taken for replicas differ between ranks:\n{summarise(problems)}\n"
-        f"declare them per_rank, choose one by from_rank, or hand in DTensors that say how they "
-        f"are sharded",
-        problems=problems,
-    )
 
 
 def _check_tiling(unique: Table, tensors: tuple[TensorEntry, ...]) -> None:

@@ -10,12 +10,13 @@ offset 0 and size 1.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+import torch
 
 from dcp_resume.errors import ConfigurationError
 from dcp_resume.format.columns import pack_columns, unpack_columns
@@ -24,13 +25,11 @@ from dcp_resume.format.leaves import pack_leaves
 from dcp_resume.format.tensor_bytes import as_bytes, contiguous_cpu
 from dcp_resume.manifest.boxes import Box
 from dcp_resume.manifest.models import MeshEntry, TensorEntry
-from dcp_resume.planning.state import (
-    PER_RANK_LEAVES,
-    SHARED_LEAVES,
-    Declarations,
-    LocalState,
-    part_of,
-)
+from dcp_resume.planning.declarations import Declarations
+from dcp_resume.planning.flattening import part_of
+from dcp_resume.planning.held import HeldTensor
+from dcp_resume.planning.state import PER_RANK_LEAVES, SHARED_LEAVES, LocalState
+from dcp_resume.planning.ties import Ties
 
 __all__ = [
     "PER_RANK_LEAVES",
@@ -48,6 +47,9 @@ I64 = npt.NDArray[np.int64]
 
 WITHHELD = {"$withheld": True}
 """Stands for a value that another rank was declared to offer; no encoded leaf looks like it."""
+
+CORNER_ELEMENTS = 16 * 1024
+"""Of a chunk that a declaration says is replicated, so many elements are compared."""
 
 _MAGIC = b"DCPRPLAN"
 _RANK_MAGIC = b"DCPRRANK"
@@ -267,36 +269,37 @@ def local_plan(
 
     A tensor that placements over the whole world describe is proved replicated or sharded; the
     chunks of all others carry a digest, so that the coordinator can compare what it takes for
-    replicas. A leaf declared ``from_rank`` is offered by that rank alone.
+    replicas. Of what a declared layout over the whole world describes, a corner is compared: that
+    costs nothing, and finds layers or experts that are numbered from 0 on every rank. A leaf
+    declared ``from_rank`` is offered by that rank alone.
 
     Raises:
-        ConfigurationError: ``from_rank`` names a rank that does not exist.
+        ConfigurationError: ``from_rank`` names a rank that does not exist, or the declared mesh is
+            another rank's.
     """
     beyond = {p: r for p, r in declarations.from_rank.items() if not 0 <= r < world_size}
     if beyond:
         raise ConfigurationError(
             f"from_rank names {beyond}; the ranks are 0 to {world_size - 1}", option="from_rank"
         )
+    state.check_place(rank, world_size)
     entries: list[TensorEntry] = []
     boxes: list[Box] = []
     tensor: list[int] = []
     digests: list[bytes] = []
     whole_world = {mesh.id for mesh in state.meshes if _size(mesh) == world_size}
+    ties = Ties(declarations.ties, [held.entry.fqn for held in state.tensors])
     for held in state.tensors:
         source = declarations.source_rank(held.entry.fqn)
         position = len(entries)
         entries.append(held.entry)
         if source is not None and source != rank:
             continue
-        is_proved = held.entry.mesh in whole_world or held.entry.kind == "per_rank"
-        for box in held.boxes:
-            boxes.append(box.box)
+        evidence = _evidence(held, whole_world, is_alone=world_size == 1, ties=ties)
+        for piece in held.pieces:
+            boxes.append(piece.box)
             tensor.append(position)
-            if is_proved or world_size == 1:
-                digests.append(bytes(16))
-            else:
-                view = as_bytes(contiguous_cpu(held.view(box.box)))
-                digests.append(digest_bytes([view]))
+            digests.append(evidence(piece.memory))
     for part, data in per_rank_leaves(state).items():
         entries.append(leaves_entry(PER_RANK_LEAVES + part, part, len(data), is_per_rank=True))
         boxes.append(Box((0,), (len(data),)))
@@ -323,6 +326,42 @@ def local_plan(
         digest=np.frombuffer(b"".join(digests), np.uint8).reshape(-1, 16),
         values=pack_leaves(values),
     )
+
+
+Evidence = Callable[[torch.Tensor], bytes]
+"""Memory of a chunk → what is compared with other ranks' memory of it."""
+
+
+def _evidence(
+    held: HeldTensor, whole_world: Collection[str], *, is_alone: bool, ties: Ties
+) -> Evidence:
+    if held.entry.kind == "per_rank":
+        return _nothing
+    if ties.is_tied(held.entry.alias_of or held.entry.fqn):
+        return _digest  # also of a further name that no tie names: it counts as the first one's
+    if is_alone:
+        return _nothing
+    if held.entry.mesh in whole_world:
+        return _corner_digest if held.is_declared else _nothing
+    return _digest
+
+
+def _nothing(memory: torch.Tensor) -> bytes:
+    del memory
+    return bytes(16)
+
+
+def _digest(memory: torch.Tensor) -> bytes:
+    return digest_bytes([as_bytes(contiguous_cpu(memory))])
+
+
+def _corner_digest(memory: torch.Tensor) -> bytes:
+    left = CORNER_ELEMENTS
+    for dim in reversed(range(memory.ndim)):
+        size = min(memory.shape[dim], left)
+        memory = memory.narrow(dim, 0, size)
+        left //= max(size, 1)
+    return _digest(memory)
 
 
 def _size(mesh: MeshEntry) -> int:

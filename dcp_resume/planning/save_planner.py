@@ -9,8 +9,9 @@ from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
 from torch.distributed.checkpoint.metadata import Metadata, StorageMeta
 from torch.distributed.checkpoint.planner import SavePlan
 
+from dcp_resume.planning.declarations import Declarations
 from dcp_resume.planning.plans import LocalPlan, local_plan
-from dcp_resume.planning.state import Declarations, LocalState, describe_state
+from dcp_resume.planning.state import LocalState, describe_state
 
 __all__ = ["ColumnarStorageMeta", "SavePlanner"]
 

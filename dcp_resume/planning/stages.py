@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from dcp_resume.errors import ConfigurationError
 from dcp_resume.manifest.models import TensorEntry
 from dcp_resume.planning.layout_rules import LayoutRules
+from dcp_resume.planning.parameters import ParameterNames
 
 __all__ = ["assign_stages", "parameters_of", "split_layers"]
 
@@ -18,27 +19,10 @@ def parameters_of(tensors: Sequence[TensorEntry]) -> dict[str, TensorEntry]:
 
     ``optim.state.layers.0.wq.weight.exp_avg`` belongs to ``model.layers.0.wq.weight``.
     """
-    by_name: dict[str, TensorEntry] = {}
-    for entry in tensors:
-        name = entry.fqn.removeprefix(f"{entry.part}.")
-        if entry.part.startswith("model") and name:
-            by_name[name] = entry
-    found: dict[str, TensorEntry] = {}
-    for entry in tensors:
-        if not entry.part.startswith("model") and entry.codec == "raw":
-            parameter = _inner_name(entry.fqn.split("."), by_name)
-            if parameter is not None:
-                found[entry.fqn] = parameter
-    return found
-
-
-def _inner_name(words: Sequence[str], by_name: Mapping[str, TensorEntry]) -> TensorEntry | None:
-    for length in range(len(words) - 1, 0, -1):
-        for start in range(1, len(words) - length + 1):
-            entry = by_name.get(".".join(words[start : start + length]))
-            if entry is not None:
-                return entry
-    return None
+    names = ParameterNames(entry.fqn for entry in tensors)
+    by_fqn = {entry.fqn: entry for entry in tensors}
+    owners = {entry.fqn: names.owner(entry.fqn) for entry in tensors if entry.codec == "raw"}
+    return {fqn: by_fqn[owner.fqn] for fqn, owner in owners.items() if owner is not None}
 
 
 def split_layers(

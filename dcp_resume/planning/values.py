@@ -8,8 +8,8 @@ from typing import Any
 
 from dcp_resume.errors import IncompletePlan, Problem, ReplicaMismatch, summarise
 from dcp_resume.format.leaves import pack_leaves, unpack_leaves
+from dcp_resume.planning.flattening import part_of
 from dcp_resume.planning.plans import SHARED_LEAVES, WITHHELD, LocalPlan
-from dcp_resume.planning.state import part_of
 
 __all__ = ["merge_values"]
 

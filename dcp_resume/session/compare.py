@@ -12,10 +12,14 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from enum import Enum
 
+import torch
+
 from dcp_resume.manifest.models import TensorEntry
 from dcp_resume.manifest.report import ReportItem, Severity
+from dcp_resume.planning.flattening import part_of
 from dcp_resume.planning.plans import PER_RANK_LEAVES, SHARED_LEAVES
-from dcp_resume.planning.state import LocalState, part_of
+from dcp_resume.planning.state import LocalState
+from dcp_resume.session.compare_layouts import compare_segments, compare_shapes, compare_ties
 from dcp_resume.session.opening import OpenedCheckpoint
 from dcp_resume.session.values import own_box
 
@@ -113,20 +117,23 @@ def compare_state(
         strictness: Of missing and unexpected names.
         is_wanted: Whether the caller asked for an FQN of the checkpoint (its part is selected).
     """
+    state.check_place(rank, world_size)
     stored = {e.fqn: e for e in opened.catalog.tensors if not _is_hidden(e)}
     values = set(stored_values)
+    stored_meshes = {mesh.id: mesh for mesh in opened.manifest.topology.meshes}
+    meshes = {mesh.id: mesh for mesh in state.meshes}
     items: list[ReportItem] = []
     for held in state.tensors:
-        entry = stored.get(held.entry.fqn)
-        if any(
-            n > 1 and s == 0 for n, s in zip(held.local.shape, held.local.stride(), strict=True)
-        ):
+        fqn = held.entry.fqn
+        entry = stored.get(state.stored_name(fqn, stored) or "")
+        if any(_is_expanded(piece.memory) for piece in held.pieces):
             message = "it is expanded: several of its elements are one; hand in a clone"
-            items.append(ReportItem(Severity.REFUSE, "layout", held.entry.fqn, message))
+            items.append(ReportItem(Severity.REFUSE, "layout", fqn, message))
         if entry is None:
-            items.append(_missing(held.entry.fqn, held.entry.fqn in values, strictness))
+            items.append(_missing(fqn, fqn in values, strictness))
         else:
             items.extend(_compare_entry(entry, held.entry))
+            items.extend(compare_segments(fqn, entry, held.entry, stored_meshes, meshes))
             is_same_world = opened.manifest.topology.world_size == world_size
             is_expected = entry.kind == "per_rank" and is_same_world
             if is_expected and own_box(opened, entry.fqn, rank, world_size) is None:
@@ -139,12 +146,18 @@ def compare_state(
         if fqn not in values and part_of(path) not in kept
     ]
     items.extend(_missing(fqn, fqn in stored, strictness) for fqn in absent)
+    items.extend(compare_ties(opened, state))
     wanted = {held.entry.fqn for held in state.tensors} | set(state.values)
     wanted |= set(state.per_rank_values)
     present = {fqn for fqn in (*stored, *values) if is_wanted(fqn)}
-    items.extend(_unexpected(sorted(present - wanted), strictness))
+    left = (fqn for fqn in present - wanted if wanted.isdisjoint(state.ties.names(fqn)))
+    items.extend(_unexpected(sorted(left), strictness))
     items.extend(_compare_topology(opened, world_size))
     return LoadReport(opened.manifest.step, tuple(items))
+
+
+def _is_expanded(memory: torch.Tensor) -> bool:
+    return any(n > 1 and s == 0 for n, s in zip(memory.shape, memory.stride(), strict=True))
 
 
 def _parts_kept(opened: OpenedCheckpoint, world_size: int) -> set[str]:
@@ -170,42 +183,16 @@ def _unexpected(fqns: Sequence[str], strictness: Strictness) -> list[ReportItem]
 
 def _compare_entry(stored: TensorEntry, wanted: TensorEntry) -> list[ReportItem]:
     items: list[ReportItem] = []
+    fqn = wanted.fqn
     is_per_rank = stored.kind == "per_rank"
     if is_per_rank != (wanted.kind == "per_rank"):
         message = "it is per-rank on one side only; declare it alike"
-        items.append(ReportItem(Severity.REFUSE, "kind", stored.fqn, message))
-    shape = stored.global_shape[1:] if is_per_rank else stored.global_shape
-    if shape != wanted.global_shape:
-        message = f"saved with shape {shape}, the state has {wanted.global_shape}"
-        items.append(ReportItem(Severity.REFUSE, "shape", stored.fqn, message))
+        items.append(ReportItem(Severity.REFUSE, "kind", fqn, message))
+    items.extend(compare_shapes(fqn, stored, wanted))
     if stored.dtype != wanted.dtype:
         message = f"saved as {stored.dtype}, the state has {wanted.dtype}"
-        items.append(ReportItem(Severity.REFUSE, "dtype", stored.fqn, message))
-    if _are_cut_differently(stored, wanted):
-        message = (
-            f"saved in segments {_segments(stored)} under {stored.rule}, the state declares "
-            f"{_segments(wanted)} under {wanted.rule}: rows would land in other places"
-        )
-        items.append(ReportItem(Severity.REFUSE, "segments", stored.fqn, message))
-    if wanted.alias_of and not stored.alias_of:
-        message = f"the state ties it to {wanted.alias_of}, the checkpoint stored both"
-        items.append(ReportItem(Severity.WARN, "tied", stored.fqn, message))
+        items.append(ReportItem(Severity.REFUSE, "dtype", fqn, message))
     return items
-
-
-def _segments(entry: TensorEntry) -> list[tuple[int, int]]:
-    return [(segment.size, segment.units) for segment in entry.segments or ()]
-
-
-def _are_cut_differently(stored: TensorEntry, wanted: TensorEntry) -> bool:
-    """Whether one side knows of segments that the other cut through.
-
-    A DTensor, and a tensor that nothing splits, are whole in the order that segments restore.
-    """
-    if stored.segments and wanted.segments:
-        return _segments(stored) != _segments(wanted)
-    blind = [e for e in (stored, wanted) if e.placements is None and e.rule and not e.segments]
-    return bool(blind) and bool(stored.segments or wanted.segments)
 
 
 def _compare_topology(opened: OpenedCheckpoint, world_size: int) -> list[ReportItem]:

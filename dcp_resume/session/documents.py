@@ -36,8 +36,8 @@ from dcp_resume.manifest.models import (
     TrainerFacts,
 )
 from dcp_resume.manifest.wire import encode
+from dcp_resume.planning.flattening import part_of
 from dcp_resume.planning.merge import GlobalPlan
-from dcp_resume.planning.state import part_of
 from dcp_resume.session.writing import RankReport
 
 __all__ = ["AttemptIdentity", "Documents", "Facts", "build_documents", "software"]

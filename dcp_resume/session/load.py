@@ -37,8 +37,14 @@ from dcp_resume.planning.state import LocalState
 from dcp_resume.session.compare import LoadReport, Strictness, compare_state
 from dcp_resume.session.opening import OpenedCheckpoint, check_files, open_checkpoint
 from dcp_resume.session.reading import ReadOutcome, read_targets
-from dcp_resume.session.targets import Apply, Target, settle, target_of
-from dcp_resume.session.values import StoredValue, fill_empty_mappings, own_box, read_values
+from dcp_resume.session.targets import Apply, Target, settle, target_of, targets_of
+from dcp_resume.session.values import (
+    StoredValue,
+    fill_empty_mappings,
+    own_box,
+    read_values,
+    tied_values,
+)
 from dcp_resume.session.votes import Votes
 from dcp_resume.storage import ObjectStore
 
@@ -204,6 +210,7 @@ class LoadSession:
 
         def work() -> bytes:
             self._state = fill_empty_mappings(describe(), self._values)
+            self._values.update(tied_values(self._state, self._values))
             part_of = {entry.fqn: entry.part for entry in self.opened.catalog.tensors}
             report = compare_state(
                 self.opened,
@@ -289,18 +296,19 @@ class LoadSession:
     def _targets(self, state: LocalState) -> list[Target]:
         apply = self.options.apply
         targets: list[Target] = []
-        for held in state.tensors:
-            fqn = held.entry.fqn
-            if fqn not in self.opened.tensor_ids:
+        for held in state.distinct_tensors():
+            fqn = state.stored_name(held.entry.fqn, self.opened.tensor_ids)
+            if fqn is None:
                 continue  # missing, and the strictness allows it
-            if held.entry.alias_of in self.opened.tensor_ids:
-                continue  # the same memory; two stored tensors would mix in it, block by block
             if held.entry.kind != "per_rank":
-                targets.extend(target_of(fqn, b.box, held.view(b.box), apply) for b in held.boxes)
+                shape = self.opened.entry(fqn).global_shape
+                for piece in held.pieces:
+                    targets.extend(targets_of(fqn, piece, shape, apply))
                 continue
             box = own_box(self.opened, fqn, self._votes.rank, self._votes.world_size)
             if box is not None:
-                targets.append(target_of(fqn, box, held.local.unsqueeze(0), apply))
+                memory = held.pieces[0].memory.unsqueeze(0)
+                targets.append(target_of(fqn, box, memory, apply))
         return targets
 
     def _judge(self, ballots: Sequence[bytes]) -> list[bytes]:

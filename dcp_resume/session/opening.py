@@ -27,7 +27,7 @@ from dcp_resume.format.digests import FileBlocks, check_digest, digest_bytes
 from dcp_resume.format.dtypes import ITEMSIZES
 from dcp_resume.manifest.checks import checkpoint_problems
 from dcp_resume.manifest.keys import MANIFEST_NAME
-from dcp_resume.manifest.models import Catalog, DocumentRef, Manifest
+from dcp_resume.manifest.models import Catalog, DocumentRef, Manifest, TensorEntry
 from dcp_resume.manifest.wire import MAX_MANIFEST_BYTES, decode_catalog, decode_manifest
 from dcp_resume.storage import ObjectStore
 
@@ -73,6 +73,10 @@ class OpenedCheckpoint:
             entry.fqn: ids[entry.alias_of] if entry.alias_of else ids[entry.fqn]
             for entry in self.catalog.tensors
         }
+
+    def entry(self, fqn: str) -> TensorEntry:
+        """The entry of a tensor; of an alias that of what it stands for."""
+        return self.catalog.tensors[self.tensor_ids[fqn]]
 
     @cached_property
     def _bounds(self) -> dict[int, npt.NDArray[np.int64]]:

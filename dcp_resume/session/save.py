@@ -27,8 +27,9 @@ from typing import Any
 
 from dcp_resume.errors import CommitUnknown, ConfigurationError, RankSilent, StorageError
 from dcp_resume.events import CheckpointCommitted, PhaseFinished, StepReached, emit
+from dcp_resume.planning.declarations import Declarations
 from dcp_resume.planning.plans import LocalPlan, local_plan, per_rank_leaves
-from dcp_resume.planning.state import Declarations, LocalState, describe_state
+from dcp_resume.planning.state import LocalState, describe_state
 from dcp_resume.session.attempt import Attempt, RankOrder, Run
 from dcp_resume.session.documents import Facts
 from dcp_resume.session.staging import BufferPool

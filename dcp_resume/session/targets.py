@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from enum import Enum
 
@@ -10,8 +10,10 @@ import torch
 
 from dcp_resume.format.tensor_bytes import as_bytes
 from dcp_resume.manifest.boxes import Box
+from dcp_resume.planning.held import HeldPiece, narrowed
+from dcp_resume.planning.padding import inside_of, outside_of
 
-__all__ = ["Apply", "Target", "settle", "target_of"]
+__all__ = ["Apply", "Target", "settle", "target_of", "targets_of"]
 
 
 class Apply(Enum):
@@ -33,8 +35,9 @@ class Target:
     memory: memoryview
     """Row-major bytes of the box."""
     view: torch.Tensor | None
-    """The trainer's memory, where ``memory`` is a copy of it that must be copied back."""
+    """The trainer's memory, where it is to be set from ``copy`` once all is read."""
     copy: torch.Tensor | None
+    """What ``memory`` is the bytes of, or zeros of which nothing is stored."""
 
 
 def target_of(fqn: str, box: Box, view: torch.Tensor, apply: Apply) -> Target:
@@ -56,6 +59,32 @@ def target_of(fqn: str, box: Box, view: torch.Tensor, apply: Apply) -> Target:
         return Target(fqn, box, as_bytes(view), None, None)
     copy = torch.empty(view.shape, dtype=view.dtype)
     return Target(fqn, box, as_bytes(copy), view, copy)
+
+
+def targets_of(
+    fqn: str, piece: HeldPiece, stored_shape: tuple[int, ...], apply: Apply
+) -> Iterator[Target]:
+    """The targets of one held box: what is stored of it, and rows of padding that are not.
+
+    Args:
+        fqn: Name of the stored tensor.
+        piece: The trainer's.
+        stored_shape: Global shape of the stored tensor; smaller only in its padding.
+        apply: When the memory may change.
+    """
+    stored = inside_of(piece.box, stored_shape)
+    if stored is not None:
+        view = narrowed(piece.memory, stored.relative_to(piece.box))
+        yield target_of(fqn, stored, view, apply)
+    for box in outside_of(piece.box, stored_shape):
+        yield _padding_target(fqn, narrowed(piece.memory, box.relative_to(piece.box)))
+
+
+def _padding_target(fqn: str, view: torch.Tensor) -> Target:
+    """A target of no stored bytes, which becomes zeros once all is read."""
+    nothing = Box((0,) * view.ndim, (0,) * view.ndim)
+    zeros = torch.zeros((), dtype=view.dtype, device=view.device).expand(view.shape)
+    return Target(fqn, nothing, memoryview(b""), view, zeros)
 
 
 def settle(targets: Iterable[Target]) -> None:

@@ -16,7 +16,7 @@ from dcp_resume.session.reading import read_targets
 from dcp_resume.session.targets import Target
 from dcp_resume.storage import ObjectStore
 
-__all__ = ["StoredValue", "fill_empty_mappings", "own_box", "read_values"]
+__all__ = ["StoredValue", "fill_empty_mappings", "own_box", "read_values", "tied_values"]
 
 StoredValue = tuple[Sequence[Any], Any]
 """Key path and encoded value."""
@@ -39,6 +39,19 @@ def fill_empty_mappings(state: LocalState, stored: Mapping[str, StoredValue]) ->
             stored_path, stored_value = stored[name]
             values[name] = ((*path, *stored_path[len(path) :]), stored_value)
     return dataclasses.replace(state, values=values)
+
+
+def tied_values(state: LocalState, stored: Mapping[str, StoredValue]) -> dict[str, StoredValue]:
+    """Values that the checkpoint holds only under a name that is tied to the state's.
+
+    Of a tied parameter one pipeline stage has one name, and its options; two stages have both.
+    """
+    found: dict[str, StoredValue] = {}
+    for fqn in (*state.values, *state.per_rank_values):
+        name = state.stored_name(fqn, stored)
+        if name is not None and name != fqn:
+            found[fqn] = stored[name]
+    return found
 
 
 def own_box(opened: OpenedCheckpoint, fqn: str, rank: int, world_size: int) -> Box | None:

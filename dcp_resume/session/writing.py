@@ -13,8 +13,8 @@ import torch
 from dcp_resume.format.columns import pack_columns, unpack_columns
 from dcp_resume.format.data_file import ChunkHeader, header_bytes
 from dcp_resume.format.digests import block_bounds, digest_blocks
+from dcp_resume.planning.held import HeldTensor
 from dcp_resume.planning.plans import RankPlan, unpad_box
-from dcp_resume.planning.state import HeldTensor
 from dcp_resume.session.staging import BufferPool, StagedFile, borrow_chunks, stage_chunks
 from dcp_resume.storage import ObjectStore
 
@@ -52,7 +52,7 @@ class RankSource:
         is_stacked = entry.kind == "per_rank"
         ndim = len(entry.global_shape) + is_stacked
         box = unpad_box(plan.offsets[row], plan.sizes[row], ndim)
-        view = held.local.unsqueeze(0) if is_stacked else held.view(box)
+        view = held.pieces[0].memory.unsqueeze(0) if is_stacked else held.view(box)
         return view, ChunkHeader(key, entry.dtype, box.sizes, box.offsets)
 
 

@@ -18,7 +18,13 @@ from dcp_resume.manifest.models import TensorEntry
 from dcp_resume.planning import merge as merging
 from dcp_resume.planning.balance import assign_writers, share_rows
 from dcp_resume.planning.merge import merge
-from dcp_resume.planning.plans import LocalPlan, RankPlan, encode_structure, pad_boxes
+from dcp_resume.planning.plans import (
+    LocalPlan,
+    RankPlan,
+    decode_structure,
+    encode_structure,
+    pad_boxes,
+)
 
 SEEDED = settings(derandomize=True, deadline=None)
 
@@ -121,7 +127,7 @@ def test_one_holder_writes_each_element(world, cut_bytes):
 
 
 def _fqns(plan):
-    return [e.fqn for e in merging.decode_structure(plan.structure)[0]]
+    return [e.fqn for e in decode_structure(plan.structure)[0]]
 
 
 @given(worlds(), st.data())

@@ -10,9 +10,12 @@ from typing import Any
 import torch
 
 from dcp_resume.manifest.models import MeshEntry, TensorEntry, TrainerFacts
+from dcp_resume.planning.declarations import Declarations
+from dcp_resume.planning.flattening import fqn_of, part_of
+from dcp_resume.planning.held import HeldTensor
 from dcp_resume.planning.placements import AxisSplit, HeldBox, held_boxes
 from dcp_resume.planning.plans import local_plan, per_rank_leaves
-from dcp_resume.planning.state import Declarations, HeldTensor, LocalState, fqn_of, part_of
+from dcp_resume.planning.state import LocalState
 from dcp_resume.session.attempt import Attempt
 from dcp_resume.session.commit import Committed, choose_newest
 from dcp_resume.session.documents import Facts
@@ -89,7 +92,7 @@ class _Rank:
         held = boxes_of(tensor.shape, placements, self.mesh.entry, self.rank)
         local = tensor[tuple(map(slice, held[0].box.offsets, held[0].box.stops))] if held else None
         empty = torch.empty(0, dtype=tensor.dtype)
-        self.tensors.append(HeldTensor(entry, empty if local is None else local, tuple(held)))
+        self.tensors.append(HeldTensor.of(entry, empty if local is None else local, held))
 
 
 def save_simulated(

@@ -20,6 +20,7 @@ from dcp_resume import (
     Reader,
     SaveMode,
     Settings,
+    Severity,
     Strictness,
     Writer,
 )
@@ -282,10 +283,14 @@ def test_a_run_whose_checkpoints_are_all_damaged_does_not_begin_anew_unasked(tmp
 
 @pytest.mark.parametrize("apply", list(Apply))
 def test_two_stored_tensors_do_not_mix_in_one_memory(tmp_path, apply):
-    settings = Settings(mode=SaveMode.BLOCKING, load=LoadOptions(apply=apply))
+    accepted = LoadOptions(apply=apply, overrides={"tied": Severity.WARN})
+    settings = Settings(mode=SaveMode.BLOCKING, load=accepted)
     with CheckpointManager(tmp_path, settings) as checkpoints:
         checkpoints.save(1, {"m": {"a": filled(1, 2 * LARGE), "b": filled(2, 2 * LARGE)}})
         tied = filled(0, 2 * LARGE)
+        with pytest.raises(LoadRefused, match=r"m\.b: the state ties it to m\.a"):
+            checkpoints.load({"m": {"a": tied, "b": tied}}, options=LoadOptions(apply=apply))
+        assert torch.equal(tied, filled(0, 2 * LARGE))
         result = checkpoints.load({"m": {"a": tied, "b": tied}})
 
     assert [item.kind for item in result.report.items] == ["tied"]

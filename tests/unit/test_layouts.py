@@ -235,3 +235,19 @@ def test_streamed_digests_want_the_whole_file_and_no_more():
         digests.finish()
     with pytest.raises(ValueError, match="beyond"):
         digests.update(memoryview(b"cd"))
+
+
+def test_padding_stays_and_flat_ranges_become_whole():
+    embed = tensor("model.embed", (12, 4), {"tp": 0}, padding={"dim": 0, "logical_size": 10})
+    moment = tensor("optim.embed.m", (12, 4), {"tp": 0}, kind="dp_sharded")
+    found = plan([embed, moment], "tp=4").plan
+    assert [(e.kind, e.placements) for e in found.tensors] == [("sharded", ("S(0)",))] * 2
+    assert found.tensors[0].padding.logical_size == 10
+    assert found.tensors[0].global_shape == (12, 4)
+    assert found.layout.chunks.sizes[:, 0].tolist() == [3] * 8
+
+
+def test_packed_tensors_are_refused_by_name():
+    packed = tensor("model.qkv", (12, 4), {"tp": 0}, segments=({"name": "q", "size": 12},))
+    with pytest.raises(ConfigurationError, match=r"packed in segments.*model\.qkv"):
+        plan([packed], "tp=2")

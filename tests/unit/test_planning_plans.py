@@ -7,9 +7,10 @@ import pytest
 import torch
 
 from dcp_resume.errors import IncompletePlan, InvalidDocument, ReplicaMismatch
+from dcp_resume.planning.declarations import Declarations
 from dcp_resume.planning.merge import merge
 from dcp_resume.planning.plans import LocalPlan, RankPlan, local_plan
-from dcp_resume.planning.state import Declarations, describe_state
+from dcp_resume.planning.state import describe_state
 
 NONE = Declarations()
 

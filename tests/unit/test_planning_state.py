@@ -9,15 +9,11 @@ import torch
 
 from dcp_resume.errors import DuplicateFqn, UnsupportedLeaf
 from dcp_resume.manifest.boxes import Box
+from dcp_resume.planning.declarations import Declarations
+from dcp_resume.planning.flattening import flatten, fqn_of, part_of
+from dcp_resume.planning.held import HeldTensor
 from dcp_resume.planning.placements import HeldBox
-from dcp_resume.planning.state import (
-    Declarations,
-    HeldTensor,
-    describe_state,
-    flatten,
-    fqn_of,
-    part_of,
-)
+from dcp_resume.planning.state import describe_state
 
 NONE = Declarations()
 
@@ -125,7 +121,7 @@ def test_declarations():
 def test_views_of_held_boxes():
     local = torch.arange(12.0).reshape(4, 3)
     entry = describe_state({"w": torch.zeros(10, 3)}, NONE).tensors[0].entry
-    held = HeldTensor(
+    held = HeldTensor.of(
         entry,
         local,
         (

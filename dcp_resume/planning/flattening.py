@@ -1,0 +1,81 @@
+"""Nested state dicts as flat leaves, each with its key path and dotted name.
+
+Names follow DCP: keys joined by dots. Unlike DCP, a tuple that holds a tensor is flattened too, an
+empty mapping is kept as a value, and the key path is recorded beside the name, so that ``{"0": x}``
+and ``[x]`` come back as they were.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+
+from dcp_resume.errors import Problem, UnsupportedLeaf
+from dcp_resume.manifest.models import PathKey
+
+__all__ = ["Path", "flatten", "fqn_of", "part_of", "path_of"]
+
+Path = tuple[PathKey, ...]
+
+
+def fqn_of(path: Path) -> str:
+    """Dotted name of a key path."""
+    return ".".join(str(key["key"]) if isinstance(key, dict) else str(key) for key in path)
+
+
+def path_of(fqn: str) -> Path:
+    """Key path of a name that no nested state dict gave: the part, and the rest in one key."""
+    head, _, rest = fqn.partition(".")
+    return (head, rest) if rest else (head,)
+
+
+def part_of(path: Path) -> str:
+    """The part a leaf belongs to: its top-level key, or ``state`` for a leaf at the top."""
+    return fqn_of(path[:1]) if len(path) > 1 else "state"
+
+
+def flatten(state: Mapping[str, Any], path: Path = ()) -> Iterator[tuple[Path, object]]:
+    """Walk a state dict in its own order, and yield each leaf with its key path.
+
+    Mappings are always descended, lists and tuples where they hold a tensor.
+
+    Raises:
+        UnsupportedLeaf: A mapping key is neither a string nor an integer.
+    """
+    items: Iterator[tuple[PathKey, object]] = (
+        (_path_key(key, path), value) for key, value in state.items()
+    )
+    yield from _flatten_items(items, path)
+
+
+def _flatten_items(items: Iterator[tuple[PathKey, object]], path: Path) -> Iterator[Any]:
+    for key, value in items:
+        here = (*path, key)
+        if isinstance(value, Mapping) and value:
+            yield from flatten(value, here)
+        elif isinstance(value, (list, tuple)) and _holds_tensor(value):
+            yield from _flatten_items(iter(enumerate(value)), here)
+        else:
+            yield here, value
+
+
+def _holds_tensor(value: object) -> bool:
+    if isinstance(value, torch.Tensor):
+        return True
+    if isinstance(value, Mapping):
+        return any(_holds_tensor(item) for item in value.values())
+    if isinstance(value, (list, tuple)):
+        return any(_holds_tensor(item) for item in value)
+    return False
+
+
+def _path_key(key: object, path: Path) -> PathKey:
+    if isinstance(key, str):
+        return key
+    if isinstance(key, int) and not isinstance(key, bool):
+        return {"key": key}
+    where = fqn_of(path) or "the state dict"
+    problem = Problem(where, "key", f"mapping key {key!r} is neither a string nor an integer")
+    raise UnsupportedLeaf(f"cannot save {problem}; use string keys", problems=(problem,))
