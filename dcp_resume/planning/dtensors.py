@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import re
+from dataclasses import dataclass
+from typing import Any
 
+import torch
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Replicate, Shard
 from torch.distributed.tensor.placement_types import Placement
@@ -12,9 +15,9 @@ from dcp_resume.errors import Problem, StateError
 from dcp_resume.manifest.models import MeshEntry, TensorEntry
 from dcp_resume.planning.held import HeldTensor
 from dcp_resume.planning.mesh_place import mesh_entry
-from dcp_resume.planning.placements import AxisSplit, held_boxes
+from dcp_resume.planning.placements import AxisSplit, HeldBox, held_boxes
 
-__all__ = ["describe_mesh", "hold_dtensor"]
+__all__ = ["DTensorPlacer", "describe_mesh"]
 
 _PLACEMENT = re.compile(r"_?StridedShard\(dim=(-?\d+), sf=(\d+)\)")
 
@@ -26,47 +29,83 @@ def describe_mesh(mesh: DeviceMesh) -> MeshEntry:
     return mesh_entry(axes, tuple(int(size) for size in mesh.shape), ranks)
 
 
-def hold_dtensor(entry: TensorEntry, tensor: DTensor, mesh: MeshEntry) -> HeldTensor:
-    """A DTensor's boxes in this rank's memory.
+@dataclass(frozen=True, slots=True)
+class _Placing:
+    """What all DTensors of one mesh, placements and shape have in common."""
 
-    Args:
-        entry: As of a plain tensor.
-        tensor: The leaf.
-        mesh: Its mesh.
+    changed: dict[str, Any]
+    """Of the entry, beside what is there of a plain tensor."""
+    boxes: tuple[HeldBox, ...]
+    is_on_mesh: bool
+    """Whether this rank is one of the mesh's."""
 
-    Raises:
-        StateError: It holds partial sums, or its local tensor does not fit its placements.
-    """
-    if any(placement.is_partial() for placement in tensor.placements):
-        message = f"placements {tensor.placements} hold partial sums"
-        problem = Problem(entry.fqn, "placement", message)
-        raise StateError(f"cannot save {problem}; redistribute it first", problems=(problem,))
-    described = tuple(_describe_placement(p) for p in tensor.placements)
-    placements = tuple(d or repr(p) for d, p in zip(described, tensor.placements, strict=True))
-    rule = {
-        axis: int(re.findall(r"\d+", placement)[0])
-        for axis, placement in zip(mesh.axes, placements, strict=True)
-        if placement.startswith("S")
-    }
-    kind = "sharded" if rule else "replicated"
-    changed = {"mesh": mesh.id, "placements": placements, "rule": rule, "kind": kind}
-    local = tensor.to_local().detach()
-    splits = _splits(tensor)
-    boxes = [] if splits is None else held_boxes(tuple(tensor.shape), splits)
-    volume = sum(held.box.volume for held in boxes)
-    if splits is not None and volume != local.numel():
-        problem = Problem(
-            entry.fqn,
-            "shape",
-            f"placements {tensor.placements} of shape {tuple(tensor.shape)} give this rank "
-            f"{volume} elements, its local tensor has {local.numel()}",
-        )
-        raise StateError(
-            f"cannot place {problem}; build the DTensor by distribute_tensor or pass its shape "
-            f"to DTensor.from_local",
-            problems=(problem,),
-        )
-    return HeldTensor.of(entry.model_copy(update=changed), local, boxes)
+
+class DTensorPlacer:
+    """Describes DTensors; works each layout out once, for models repeat a few of them."""
+
+    def __init__(self) -> None:
+        self.meshes: dict[str, MeshEntry] = {}
+        """Of the tensors described so far, by id."""
+        self._entries: dict[DeviceMesh, MeshEntry] = {}
+        self._placings: dict[tuple[Any, ...], _Placing] = {}
+
+    def hold(self, entry: TensorEntry, tensor: DTensor) -> HeldTensor:
+        """A DTensor's boxes in this rank's memory.
+
+        Args:
+            entry: As of a plain tensor.
+            tensor: The leaf.
+
+        Raises:
+            StateError: It holds partial sums, or its local tensor does not fit its placements.
+        """
+        key = (tensor.device_mesh, tensor.placements, entry.global_shape)
+        placing = self._placings.get(key)
+        if placing is None:
+            placing = self._place(entry.fqn, tensor)
+            self._placings[key] = placing
+        with torch.no_grad():  # else autograd makes a view of each local tensor
+            local = tensor.to_local()
+        volume = sum(held.box.volume for held in placing.boxes)
+        if placing.is_on_mesh and volume != local.numel():
+            problem = Problem(
+                entry.fqn,
+                "shape",
+                f"placements {tensor.placements} of shape {tuple(tensor.shape)} give this rank "
+                f"{volume} elements, its local tensor has {local.numel()}",
+            )
+            raise StateError(
+                f"cannot place {problem}; build the DTensor by distribute_tensor or pass its shape "
+                f"to DTensor.from_local",
+                problems=(problem,),
+            )
+        return HeldTensor.of(entry.model_copy(update=placing.changed), local, placing.boxes)
+
+    def _place(self, fqn: str, tensor: DTensor) -> _Placing:
+        if any(placement.is_partial() for placement in tensor.placements):
+            message = f"placements {tensor.placements} hold partial sums"
+            problem = Problem(fqn, "placement", message)
+            raise StateError(f"cannot save {problem}; redistribute it first", problems=(problem,))
+        mesh = self._mesh(tensor.device_mesh)
+        described = tuple(_describe_placement(p) for p in tensor.placements)
+        placements = tuple(d or repr(p) for d, p in zip(described, tensor.placements, strict=True))
+        rule = {
+            axis: int(re.findall(r"\d+", placement)[0])
+            for axis, placement in zip(mesh.axes, placements, strict=True)
+            if placement.startswith("S")
+        }
+        kind = "sharded" if rule else "replicated"
+        changed = {"mesh": mesh.id, "placements": placements, "rule": rule, "kind": kind}
+        splits = _splits(tensor)
+        boxes = [] if splits is None else held_boxes(tuple(tensor.shape), splits)
+        return _Placing(changed, tuple(boxes), splits is not None)
+
+    def _mesh(self, mesh: DeviceMesh) -> MeshEntry:
+        if mesh not in self._entries:
+            self._entries[mesh] = describe_mesh(mesh)
+        entry = self._entries[mesh]
+        self.meshes[entry.id] = entry
+        return entry
 
 
 def _strided(placement: Placement) -> tuple[int, int] | None:

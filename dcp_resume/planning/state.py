@@ -17,7 +17,7 @@ from dcp_resume.manifest.models import MeshEntry
 from dcp_resume.planning.aliases import distinct, find_aliases, with_aliases
 from dcp_resume.planning.declarations import Declarations, Parameter
 from dcp_resume.planning.declared import Flat, Layout
-from dcp_resume.planning.dtensors import describe_mesh, hold_dtensor
+from dcp_resume.planning.dtensors import DTensorPlacer
 from dcp_resume.planning.flattening import Path, flatten, fqn_of
 from dcp_resume.planning.held import HeldTensor, hold_whole, plain_entry
 from dcp_resume.planning.local_shards import hold_flat, hold_split
@@ -105,7 +105,7 @@ def describe_state(state: Mapping[str, Any], declarations: Declarations) -> Loca
     shared = find_aliases(tensors, ties)
     return LocalState(
         with_aliases(tensors, shared, ties),
-        tuple(describer.meshes.values()),
+        describer.meshes,
         values,
         per_rank,
         Ties({**shared, **declarations.ties}, known),
@@ -143,7 +143,12 @@ class _Describer:
         self._declarations = declarations
         self._shapes = {fqn_of(path): tuple(leaf.shape) for path, leaf in leaves}
         self._parameters = ParameterNames(self._shapes if declarations.layouts else ())
-        self.meshes: dict[str, MeshEntry] = {}
+        self._placer = DTensorPlacer()
+
+    @property
+    def meshes(self) -> tuple[MeshEntry, ...]:
+        """Of the tensors described so far."""
+        return tuple(self._placer.meshes.values())
 
     def hold(self, path: Path, tensor: torch.Tensor) -> Iterator[HeldTensor]:
         """What a leaf is for planning: one tensor, or every member of a flat buffer."""
@@ -160,15 +165,13 @@ class _Describer:
             if layout is not None:
                 problem = Problem(entry.fqn, "placement", "a DTensor says itself how it is split")
                 raise StateError(f"cannot place {problem}; drop its layout", problems=(problem,))
-            mesh = describe_mesh(tensor.device_mesh)
-            self.meshes[mesh.id] = mesh
-            yield hold_dtensor(entry, tensor, mesh)
+            yield self._placer.hold(entry, tensor)
             return
         if layout is None:
             yield hold_whole(entry, tensor)
             return
         mesh = declared.mesh.entry()
-        self.meshes[mesh.id] = mesh
+        self._placer.meshes[mesh.id] = mesh
         if isinstance(layout, Flat):
             yield from hold_flat(entry.fqn, tensor, layout, declared.mesh, self._layout_of)
         else:
