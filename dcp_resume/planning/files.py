@@ -92,7 +92,8 @@ def lay_out_files(table: Table, tensors: Sequence[TensorEntry]) -> FileLayout:
     """Assign each written chunk to a file, and order the chunks of each file.
 
     Within a file wide dtypes come first, so that every chunk begins at a multiple of its item
-    size; chunks of one dtype keep the order of the tensors.
+    size; of one dtype those that every rank will read come first, next to one another, so that a
+    rank reads few bytes that it does not want; else chunks keep the order of the tensors.
     """
     fqns = tuple(entry.fqn for entry in tensors)
     if not len(table.tensor):
@@ -102,6 +103,7 @@ def lay_out_files(table: Table, tensors: Sequence[TensorEntry]) -> FileLayout:
     part_of_tensor = np.asarray([part_names.index(entry.part) for entry in tensors], np.int64)
     itemsize = np.asarray([DTYPES[entry.dtype].itemsize for entry in tensors], np.int64)
     readable = np.asarray([DTYPES[entry.dtype].stock_readable for entry in tensors], bool)
+    is_own = np.asarray([entry.kind != "replicated" for entry in tensors], bool)
     ordinal = _ordinals(table)
     most = np.zeros(len(tensors), np.int64)
     np.maximum.at(most, table.tensor, ordinal + 1)
@@ -110,9 +112,8 @@ def lay_out_files(table: Table, tensors: Sequence[TensorEntry]) -> FileLayout:
     hidden = is_hidden[table.tensor]
     number = np.where(hidden, 0, ordinal)
     part = part_of_tensor[table.tensor]
-    order = np.lexsort(
-        (ordinal, table.tensor, -itemsize[table.tensor], number, hidden, part, table.rank)
-    )
+    inner = (ordinal, table.tensor, is_own[table.tensor], -itemsize[table.tensor])
+    order = np.lexsort((*inner, number, hidden, part, table.rank))
     key = np.column_stack([table.rank, part, hidden, number])[order]
     is_new = np.r_[True, (key[1:] != key[:-1]).any(axis=1)]
     file = np.cumsum(is_new) - 1
