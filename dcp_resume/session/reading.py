@@ -20,9 +20,8 @@ __all__ = ["ReadOutcome", "read_targets"]
 
 MAX_GAP_BYTES = 256 * 1024
 """A gap up to this is read along: a request costs more than its bytes."""
-READ_BYTES = 8 * 1024 * 1024
-"""Bytes of one read; a rank needs this times the number of readers beside its state."""
 NUM_READERS = 4
+"""Each needs memory for one read beside the state: the store's ``read_bytes``, or a block."""
 
 
 @dataclass(slots=True)
@@ -36,8 +35,10 @@ class ReadOutcome:
     problems: list[Problem] = field(default_factory=list)
 
 
-def plan_targets(opened: OpenedCheckpoint, targets: Sequence[Target]) -> list[Read]:
-    """The reads that fill the targets."""
+def plan_targets(
+    opened: OpenedCheckpoint, targets: Sequence[Target], read_bytes: int
+) -> list[Read]:
+    """The reads that fill the targets, of up to ``read_bytes`` or one block each."""
     wanted = [
         Wanted(number, opened.tensor_ids[target.fqn], target.box)
         for number, target in enumerate(targets)
@@ -55,8 +56,8 @@ def plan_targets(opened: OpenedCheckpoint, targets: Sequence[Target]) -> list[Re
         for overlap in overlaps
     ]
     bounds = {file: opened.block_bounds(file) for file in {place.file for place in places}}
-    read_bytes = max(READ_BYTES, opened.manifest.digest.block_size)
-    return plan_reads(overlaps, places, bounds, max_gap=MAX_GAP_BYTES, max_bytes=read_bytes)
+    max_bytes = max(read_bytes, opened.manifest.digest.block_size)
+    return plan_reads(overlaps, places, bounds, max_gap=MAX_GAP_BYTES, max_bytes=max_bytes)
 
 
 def _chunk_sizes(opened: OpenedCheckpoint, chunk: int) -> tuple[int, ...]:
@@ -111,7 +112,7 @@ class _Reader:
         memory: np.ndarray[tuple[int], np.dtype[np.uint8]] | None
         memory = getattr(self._local, "memory", None)
         if memory is None or len(memory) < length:
-            memory = np.empty(max(length, READ_BYTES), np.uint8)
+            memory = np.empty(max(length, self._store.read_bytes), np.uint8)
             self._local.memory = memory
         return memory[:length].data
 
@@ -175,7 +176,7 @@ def read_targets(
     store: ObjectStore, opened: OpenedCheckpoint, targets: Sequence[Target]
 ) -> ReadOutcome:
     """Fill the targets. Faults are returned, not raised, so that all ranks can agree on them."""
-    reads = plan_targets(opened, targets)
+    reads = plan_targets(opened, targets, store.read_bytes)
     reader = _Reader(store, opened, targets)
     reader.outcome.needed_bytes = sum(len(target.memory) for target in targets)
     if len(reads) <= 1:

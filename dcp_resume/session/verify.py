@@ -28,7 +28,6 @@ from dcp_resume.storage import ByteRange, ObjectStore, RangeRead
 
 __all__ = ["Verification", "verify_checkpoint"]
 
-READ_BYTES = 8 * 1024 * 1024
 NUM_READERS = 4
 
 Progress = Callable[[int, int], None]
@@ -153,7 +152,10 @@ class _Check:
         first = 0
         while first < len(bounds) - 1:
             last = first + 1
-            while last < len(bounds) - 1 and bounds[last + 1] - bounds[first] <= READ_BYTES:
+            while (
+                last < len(bounds) - 1
+                and bounds[last + 1] - bounds[first] <= self._store.read_bytes
+            ):
                 last += 1
             yield _Window(file, first, tuple(bounds[first + 1 : last + 1]), bounds[first])
             first = last
@@ -213,7 +215,9 @@ class _Check:
         key = self._opened.file_key(file)
         memory = getattr(self._local, "memory", None)
         if memory is None or len(memory) < stop - start:
-            memory = self._local.memory = np.empty(max(stop - start, READ_BYTES), np.uint8)
+            memory = self._local.memory = np.empty(
+                max(stop - start, self._store.read_bytes), np.uint8
+            )
         view: memoryview = memory[: stop - start].data
         try:
             self._store.read_into(key, [RangeRead(ByteRange(start, stop), view)])

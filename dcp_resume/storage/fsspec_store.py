@@ -62,6 +62,11 @@ class FsspecStore:
         """The root as it was given."""
         return self._url
 
+    @property
+    def read_bytes(self) -> int:
+        """As of a remote store: what lies behind fsspec is unknown."""
+        return 8 * 2**20
+
     def create(self, key: str, data: bytes) -> None:
         """See ``ObjectStore.create``.
 

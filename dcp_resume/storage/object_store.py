@@ -83,6 +83,10 @@ class ObjectStore(Protocol):
     def url(self) -> str:
         """The root, as a URL without credentials; for messages."""
 
+    @property
+    def read_bytes(self) -> int:
+        """Bytes of a range that is read at a good rate: a request's cost is small beside theirs."""
+
     def create(self, key: str, data: bytes) -> None:
         """Create an object if and only if the key is absent; durable when it returns.
 

@@ -45,6 +45,11 @@ class S3Store:
         """The root as ``s3://`` URL."""
         return self._url
 
+    @property
+    def read_bytes(self) -> int:
+        """A request takes tens of milliseconds until its first byte."""
+        return 8 * 2**20
+
     def create(self, key: str, data: bytes) -> None:
         """See ``ObjectStore.create``.
 

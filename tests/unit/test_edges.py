@@ -322,6 +322,7 @@ class Failing:
     def __init__(self, store: Any) -> None:
         self._store = store
         self.num_reads = 0
+        self.read_bytes = store.read_bytes
 
     def read_into(self, key: str, reads: Any) -> None:
         self.num_reads += 1
