@@ -6,7 +6,8 @@ is cut into groups of whole rows along the chunk's outermost dim whose rows fit 
 groups may read their shared block twice.
 
 Merge rule: two ranges of one file become one read if the gap between them is at most ``max_gap``
-and the read stays within ``max_bytes``; a single overlap larger than that is cut.
+and the read stays within ``max_bytes``; a run of bytes larger than that is cut, and one that begins
+in the last block of a full read is cut where that read ends, so that no block is read twice.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import numpy.typing as npt
@@ -194,22 +195,40 @@ def _merge(
     max_gap: int,
     max_bytes: int,
 ) -> list[Read]:
-    firsts = np.searchsorted(bounds, [need.start for need in needs], side="right") - 1
-    lasts = np.searchsorted(bounds, [need.stop for need in needs], side="left")
     reads: list[Read] = []
     copies: list[Copy] = []
     first = last = -1
+    firsts = np.searchsorted(bounds, [need.start for need in needs], side="right") - 1
+    lasts = np.searchsorted(bounds, [need.stop for need in needs], side="left")
     for need, low, high in zip(needs, firsts.tolist(), lasts.tolist(), strict=True):
-        start, stop = int(bounds[low]), int(bounds[high])
         if copies:
-            is_near = start - int(bounds[last]) <= max_gap
-            fits = max(stop, int(bounds[last])) - int(bounds[first]) <= max_bytes
-            if is_near and fits:
+            is_near = int(bounds[low]) - int(bounds[last]) <= max_gap
+            fits = int(bounds[high]) - int(bounds[first]) <= max_bytes
+            if high <= last or (is_near and fits):
                 last = max(last, high)
                 copies.append(need.copy)
                 continue
-            reads.append(Read(file, int(bounds[first]), int(bounds[last]), first, tuple(copies)))
+            if low < last and isinstance(need.copy, BytesCopy):  # else its block is read twice
+                head, tail = _cut(need.copy, int(bounds[last]))
+                copies.append(head)
+                reads.append(_read(file, first, last, copies, bounds))
+                first, last, copies = last, high, [tail]
+                continue
+            reads.append(_read(file, first, last, copies, bounds))
         first, last, copies = low, high, [need.copy]
     if copies:
-        reads.append(Read(file, int(bounds[first]), int(bounds[last]), first, tuple(copies)))
+        reads.append(_read(file, first, last, copies, bounds))
     return reads
+
+
+def _read(
+    file: int, first: int, last: int, copies: Sequence[Copy], bounds: npt.NDArray[np.int64]
+) -> Read:
+    return Read(file, int(bounds[first]), int(bounds[last]), first, tuple(copies))
+
+
+def _cut(copy: BytesCopy, at: int) -> tuple[BytesCopy, BytesCopy]:
+    """Two copies for one, cut at a position in the file."""
+    length = at - copy.source_begin
+    tail = BytesCopy(copy.target, at, copy.target_begin + length, copy.length - length)
+    return replace(copy, length=length), tail

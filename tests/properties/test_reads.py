@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 from dataclasses import dataclass
+from itertools import pairwise
 
 import numpy as np
 from hypothesis import given, settings
@@ -205,3 +206,15 @@ def test_overlaps_tile_what_is_wanted(stored):
         for overlap in find_overlaps([Wanted(0, tensor, whole)], stored.index):
             painted[region(overlap.box)] += 1
         assert (painted == 1).all()
+
+
+@given(loads())
+@settings(SEEDED, max_examples=150)
+def test_no_block_is_read_twice_where_only_runs_of_bytes_are_wanted(drawn):
+    _, reads, bounds = plan(*drawn)
+    if any(not isinstance(copy, BytesCopy) for read in reads for copy in read.copies):
+        return
+    for file, file_bounds in bounds.items():
+        own = sorted((read.start, read.stop) for read in reads if read.file == file)
+        assert all(stop <= start for (_, stop), (start, _) in pairwise(own))
+        assert {edge for read in own for edge in read} <= set(file_bounds.tolist())
