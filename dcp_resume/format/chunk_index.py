@@ -175,9 +175,16 @@ class ChunkIndex:
 
     def chunks_of(self, tensor: int) -> Int64s:
         """int64[n]: the chunks of a tensor, in the order of the index."""
-        order, tensors = self._by_tensor
-        begin, stop = np.searchsorted(tensors, np.array([tensor, tensor + 1], np.uint64))
-        return order[begin:stop]
+        return self.chunks_of_each([tensor])[0]
+
+    def chunks_of_each(self, tensors: npt.ArrayLike) -> tuple[Int64s, Int64s]:
+        """The chunks of several tensors, end to end, and int64[T] how many each has."""
+        order, by_tensor = self._by_tensor
+        keys = np.asarray(tensors, np.uint64)
+        begin = np.searchsorted(by_tensor, keys, side="left")
+        count = np.searchsorted(by_tensor, keys, side="right") - begin
+        before = np.cumsum(count) - count
+        return order[np.repeat(begin - before, count) + np.arange(count.sum())], count
 
     def chunk_bytes(self, itemsizes: npt.ArrayLike) -> Int64s:
         """int64[C]: bytes of each chunk, from the bytes of an element of each tensor (int[T])."""

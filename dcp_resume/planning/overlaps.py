@@ -1,19 +1,24 @@
 """Wanted boxes × stored chunks → the overlaps to copy. This is all that resharding is.
 
-Pure arrays; one vectorised intersection a wanted box.
+Pure arrays; all wanted boxes are intersected at once.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 import numpy as np
 
 from dcp_resume.format.chunk_index import ChunkIndex
 from dcp_resume.manifest.boxes import Box
+from dcp_resume.planning.plans import pad_boxes
 
 __all__ = ["Overlap", "Wanted", "find_overlaps"]
+
+PAIRS_AT_ONCE = 2**18
+"""Of a wanted box and a chunk of its tensor; some hundred bytes each."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,27 +53,39 @@ def find_overlaps(wanted: Sequence[Wanted], index: ChunkIndex) -> list[Overlap]:
 
     The overlaps of one wanted box tile it, because the chunks of a checked index tile their tensor.
     """
-    found: list[Overlap] = []
-    for want in wanted:
-        chunks = index.chunks_of(want.tensor)
-        if want.box.volume == 0 or not len(chunks):
-            continue
+    live = [want for want in wanted if want.box.volume]
+    _, counts = index.chunks_of_each([want.tensor for want in live])
+    group = np.cumsum(counts) // PAIRS_AT_ONCE
+    bounds = [*np.flatnonzero(np.diff(group, prepend=-1)).tolist(), len(live)]
+    return [found for a, b in pairwise(bounds) for found in _overlaps(live[a:b], index)]
+
+
+def _overlaps(wanted: Sequence[Wanted], index: ChunkIndex) -> Iterator[Overlap]:
+    chunks, counts = index.chunks_of_each([want.tensor for want in wanted])
+    number = np.repeat(np.arange(len(wanted)), counts)
+    boxes = index.chunk_box[chunks]
+    begin, size = index.box_offsets[boxes], index.box_sizes[boxes]
+    asked, extent = pad_boxes([want.box for want in wanted], begin.shape[1])
+    low = np.maximum(begin, asked[number])
+    high = np.minimum(begin + size, (asked + extent)[number])
+    hits = np.flatnonzero((high > low).all(axis=1))
+    rows = zip(
+        number[hits].tolist(),
+        chunks[hits].tolist(),
+        low[hits].tolist(),
+        (high - low)[hits].tolist(),
+        (low - begin)[hits].tolist(),
+        (low - asked[number])[hits].tolist(),
+        strict=True,
+    )
+    for position, chunk, offsets, sizes, in_chunk, in_target in rows:
+        want = wanted[position]
         ndim = len(want.box.offsets)
-        offsets = index.box_offsets[index.chunk_box[chunks]][:, :ndim]
-        sizes = index.box_sizes[index.chunk_box[chunks]][:, :ndim]
-        low = np.maximum(offsets, np.asarray(want.box.offsets, np.int64))
-        high = np.minimum(offsets + sizes, np.asarray(want.box.stops, np.int64))
-        hits = np.flatnonzero((high > low).all(axis=1))
-        for hit in hits.tolist():
-            box = Box(tuple(low[hit].tolist()), tuple((high[hit] - low[hit]).tolist()))
-            chunk = Box(tuple(offsets[hit].tolist()), tuple(sizes[hit].tolist()))
-            found.append(
-                Overlap(
-                    target=want.target,
-                    chunk=int(chunks[hit]),
-                    box=box,
-                    in_chunk=box.relative_to(chunk),
-                    in_target=box.relative_to(want.box),
-                )
-            )
-    return found
+        shape = tuple(sizes[:ndim])
+        yield Overlap(
+            target=want.target,
+            chunk=chunk,
+            box=Box(tuple(offsets[:ndim]), shape),
+            in_chunk=Box(tuple(in_chunk[:ndim]), shape),
+            in_target=Box(tuple(in_target[:ndim]), shape),
+        )
