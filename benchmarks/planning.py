@@ -1,0 +1,170 @@
+"""``python -m benchmarks.planning``: what the coordinator spends on a save, by number of ranks.
+
+Ranks are simulated: each rank's plan and report are made as bytes, outside the clock, and the
+coordinator does to them what it does in a save. There is no network in these figures.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import json
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+
+from dcp_resume.format.leaves import pack_leaves
+from dcp_resume.manifest.models import MeshEntry, TensorEntry, TrainerFacts
+from dcp_resume.planning.merge import GlobalPlan, merge
+from dcp_resume.planning.plans import LocalPlan, encode_structure
+from dcp_resume.session.attempt import RankOrder
+from dcp_resume.session.documents import AttemptIdentity, Facts, build_documents
+from dcp_resume.session.writing import RankReport
+
+WIDTH = 16
+"""Columns of each tensor; it has one row a rank."""
+BLOCK_SIZE = 2**20
+
+
+@dataclass
+class Clock:
+    """CPU seconds of the phases of one save, in their order."""
+
+    seconds: dict[str, float] = field(default_factory=dict)
+
+    @contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        """Add what happens inside to a phase."""
+        started = time.process_time()
+        yield
+        self.seconds[name] = self.seconds.get(name, 0.0) + time.process_time() - started
+
+
+@dataclass(frozen=True)
+class Planned:
+    """One simulated save."""
+
+    ranks: int
+    tensors: int
+    seconds: dict[str, float]
+    plans_bytes: int
+    index_bytes: int
+    digest_bytes: int
+    catalog_bytes: int
+
+    @property
+    def microseconds_a_pair(self) -> float:
+        """CPU time at the coordinator, per tensor and rank."""
+        return sum(self.seconds.values()) / (self.ranks * self.tensors) * 1e6
+
+
+def offered(ranks: int, tensors: int) -> Iterator[bytes]:
+    """Each rank's plan: every tensor sharded by rows over all ranks."""
+    mesh = MeshEntry(id="mesh", axes=("dp",), shape=(ranks,))
+    entries = [
+        TensorEntry(
+            fqn=f"model.layers.{number}.weight",
+            path=("model", f"layers.{number}.weight"),
+            part="model",
+            dtype="float32",
+            global_shape=(ranks, WIDTH),
+            kind="sharded",
+            mesh="mesh",
+            placements=("S(0)",),
+            rule={"dp": 0},
+            layer=number,
+        )
+        for number in range(tensors)
+    ]
+    structure = encode_structure(entries, [mesh])
+    for rank in range(ranks):
+        plan = LocalPlan(
+            rank=rank,
+            structure=structure,
+            tensor=np.arange(tensors, dtype=np.int32),
+            offsets=np.tile(np.array([rank, 0]), (tensors, 1)),
+            sizes=np.tile(np.array([1, WIDTH]), (tensors, 1)),
+            digest=np.zeros((tensors, 16), np.uint8),
+            values=pack_leaves({}),
+        )
+        yield plan.to_bytes()
+
+
+def reported(plan: GlobalPlan, ranks: int) -> Iterator[bytes]:
+    """Each rank's report: of each file the header and one block."""
+    counts = plan.layout.file_chunk_count
+    for rank in range(ranks):
+        own = counts[plan.layout.ranks == rank].astype(np.int64)
+        header = np.full(len(own), 8192, np.int64)
+        digests = np.random.default_rng(rank).integers(0, 256, (2 * len(own), 16), np.uint8)
+        sizes = header + own * WIDTH * 4
+        yield RankReport(sizes, header, np.full(len(own), 2), digests).to_bytes()
+
+
+def plan_save(ranks: int, tensors: int) -> Planned:
+    """Do the coordinator's part of one save."""
+    clock = Clock()
+    ballots = list(offered(ranks, tensors))
+    gc.collect()
+    with clock.phase("unpack plans"):
+        plans = [LocalPlan.from_bytes(ballot) for ballot in ballots]
+    with clock.phase("merge"):
+        plan = merge(plans)
+    with clock.phase("orders"):
+        for rank in range(ranks):
+            RankOrder("a" * 12, 1, BLOCK_SIZE, plan.rank_plan(rank)).to_bytes()
+    reports_bytes = list(reported(plan, ranks))
+    with clock.phase("documents"):
+        reports = [RankReport.from_bytes(ballot) for ballot in reports_bytes]
+        documents = build_documents(
+            plan,
+            reports,
+            AttemptIdentity("00000000-0000-4000-8000-000000000000", 1, "a" * 12, 1, None, None),
+            Facts(TrainerFacts(step=1)),
+            BLOCK_SIZE,
+        )
+    return Planned(
+        ranks,
+        tensors,
+        clock.seconds,
+        sum(map(len, ballots)),
+        len(documents.index_bytes),
+        documents.manifest.counts.blocks * 16,
+        len(documents.catalog_bytes),
+    )
+
+
+def main() -> None:
+    """Parse, plan, print."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.planning", description=__doc__)
+    parser.add_argument("--ranks", type=int, nargs="+", default=[8, 64, 512, 2048, 8192])
+    parser.add_argument("--tensors", type=int, default=300)
+    parser.add_argument("--json", type=Path, default=None)
+    arguments = parser.parse_args()
+    results = [plan_save(ranks, arguments.tensors) for ranks in arguments.ranks]
+    names = list(results[0].seconds)
+    print(f"{arguments.tensors} tensors, each sharded over all ranks; CPU seconds")
+    print(
+        f"{'ranks':>6} {'total':>7} {'µs/pair':>7} "
+        + " ".join(f"{n:>12}" for n in names)
+        + f" {'plans MiB':>10} {'index MiB':>10} {'catalog MiB':>11}"
+    )
+    for result in results:
+        print(
+            f"{result.ranks:6} {sum(result.seconds.values()):7.2f} "
+            f"{result.microseconds_a_pair:7.2f} "
+            + " ".join(f"{result.seconds[n]:12.2f}" for n in names)
+            + f" {result.plans_bytes / 2**20:10.1f} "
+            f"{(result.index_bytes - result.digest_bytes) / 2**20:10.1f} "
+            f"{result.catalog_bytes / 2**20:11.1f}"
+        )
+    if arguments.json:
+        arguments.json.write_text(json.dumps([vars(result) for result in results], indent=1))
+
+
+if __name__ == "__main__":
+    main()
