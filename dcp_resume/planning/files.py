@@ -76,12 +76,14 @@ class FileLayout:
         return fqn if ordinal < 0 else f"{fqn}#{ordinal}"
 
 
-def _ordinals(table: Table) -> I64:
+def _ordinals(table: Table, num_tensors: int) -> I64:
     """Number of each row among the rows of the same rank and tensor, by offset."""
+    pair = table.rank * num_tensors + table.tensor
+    if (np.diff(pair) > 0).all():  # sorted, and no pair twice: the plain sharded case
+        return np.zeros(len(pair), np.int64)
     columns = [table.offsets[:, d] for d in reversed(range(table.offsets.shape[1]))]
-    order = np.lexsort((*columns, table.tensor, table.rank))
-    rank, tensor = table.rank[order], table.tensor[order]
-    is_new = np.r_[True, (rank[1:] != rank[:-1]) | (tensor[1:] != tensor[:-1])]
+    order = np.lexsort((*columns, pair))
+    is_new = np.r_[True, np.diff(pair[order]) != 0]
     starts = np.maximum.accumulate(np.where(is_new, np.arange(len(order)), 0))
     ordinal = np.empty(len(order), np.int64)
     ordinal[order] = np.arange(len(order)) - starts
@@ -104,20 +106,26 @@ def lay_out_files(table: Table, tensors: Sequence[TensorEntry]) -> FileLayout:
     itemsize = np.asarray([DTYPES[entry.dtype].itemsize for entry in tensors], np.int64)
     readable = np.asarray([DTYPES[entry.dtype].stock_readable for entry in tensors], bool)
     is_own = np.asarray([entry.kind != "replicated" for entry in tensors], bool)
-    ordinal = _ordinals(table)
+    ordinal = _ordinals(table, len(tensors))
     most = np.zeros(len(tensors), np.int64)
     np.maximum.at(most, table.tensor, ordinal + 1)
     is_hidden = ~readable | (most > MAX_CHUNKS_A_NAME)
 
+    # A file is a number made of rank, part, hidden and number; a row's place, of its file, the
+    # place of its tensor among those of any file, and its ordinal.
     hidden = is_hidden[table.tensor]
     number = np.where(hidden, 0, ordinal)
-    part = part_of_tensor[table.tensor]
-    inner = (ordinal, table.tensor, is_own[table.tensor], -itemsize[table.tensor])
-    order = np.lexsort((*inner, number, hidden, part, table.rank))
-    key = np.column_stack([table.rank, part, hidden, number])[order]
-    is_new = np.r_[True, (key[1:] != key[:-1]).any(axis=1)]
+    place = np.empty(len(tensors), np.int64)
+    place[np.lexsort((is_own, -itemsize))] = np.arange(len(tensors))
+    shape = (int(table.rank.max()) + 1, len(part_names), 2, MAX_CHUNKS_A_NAME)
+    code = np.ravel_multi_index(
+        (table.rank, part_of_tensor[table.tensor], hidden.astype(np.int64), number), shape
+    )
+    row = code * len(tensors) + place[table.tensor]
+    order = np.lexsort((ordinal, row)) if ordinal.any() else np.argsort(row, kind="stable")
+    is_new = np.r_[True, np.diff(code[order]) != 0]
     file = np.cumsum(is_new) - 1
-    heads = key[is_new]
+    heads = np.column_stack(np.unravel_index(code[order][is_new], shape))
     names = file_names(heads, part_names)
     return FileLayout(
         chunks=table.take(order),

@@ -26,7 +26,7 @@ from dcp_resume.planning.plans import (
     leaves_entry,
     resize,
 )
-from dcp_resume.planning.replicas import deduplicate, join_aliases
+from dcp_resume.planning.replicas import Holders, deduplicate, join_aliases
 from dcp_resume.planning.table import Table
 from dcp_resume.planning.union import Union, unite
 from dcp_resume.planning.values import merge_values
@@ -131,20 +131,25 @@ def _local_ids(global_ids: Sequence[int], first: Mapping[int, int]) -> dict[int,
 
 
 def _concatenate(plans: Sequence[LocalPlan], union: Union) -> tuple[Table, npt.NDArray[np.uint64]]:
+    counts = [len(plan.tensor) for plan in plans]
+    local = np.concatenate([plan.tensor for plan in plans])
+    # Of every structure its ids lie end to end, so that one lookup serves all ranks.
+    first: dict[bytes, int] = {}
+    ids: list[int] = []
+    for structure, own in union.global_ids.items():
+        first[structure] = len(ids)
+        ids += own
+    base = np.repeat([first[plan.structure] for plan in plans], counts)
     width = max((plan.offsets.shape[1] for plan in plans), default=1) + 1
-    tables = []
-    for plan in plans:
-        ids = np.asarray(union.global_ids[plan.structure], np.int64)
-        tables.append(
-            Table(
-                ids[plan.tensor] if len(ids) else plan.tensor.astype(np.int64),
-                np.full(len(plan.tensor), plan.rank, np.int64),
-                resize(plan.offsets, width, 0),
-                resize(plan.sizes, width, 1),
-            )
-        )
+    narrow = width - 1
+    table = Table(
+        np.asarray(ids or [0], np.int64)[base + local] if len(local) else local.astype(np.int64),
+        np.repeat([plan.rank for plan in plans], counts),
+        resize(np.concatenate([resize(plan.offsets, narrow, 0) for plan in plans]), width, 0),
+        resize(np.concatenate([resize(plan.sizes, narrow, 1) for plan in plans]), width, 1),
+    )
     digest = np.concatenate([np.ascontiguousarray(plan.digest) for plan in plans])
-    return Table.concatenate(tables), digest.view(np.uint64).reshape(-1, 2)
+    return table, digest.view(np.uint64).reshape(-1, 2)
 
 
 def _place_per_rank(
@@ -194,16 +199,16 @@ def _check_tiling(unique: Table, tensors: tuple[TensorEntry, ...]) -> None:
 
 
 def _balance(
-    unique: Table, holders: list[list[int]], tensors: tuple[TensorEntry, ...], world_size: int
+    unique: Table, holders: Holders, tensors: tuple[TensorEntry, ...], world_size: int
 ) -> Table:
     itemsize = np.asarray([ITEMSIZES[entry.dtype] for entry in tensors] or [1], np.int64)
     size = unique.sizes.prod(axis=1) * itemsize[unique.tensor]
-    alone = np.asarray([len(h) == 1 for h in holders], bool)
+    alone = ~holders.is_shared
     loads = np.zeros(world_size, np.int64)
     np.add.at(loads, unique.rank[alone], size[alone])
     shared = np.flatnonzero(~alone)
     writers, to_cut = assign_writers(
-        size[shared], [holders[i] for i in shared.tolist()], loads, cut_bytes=CUT_BYTES
+        size[shared], [holders.of(i) for i in shared.tolist()], loads, cut_bytes=CUT_BYTES
     )
     rank = unique.rank.copy()
     for position, writer in writers.items():
@@ -215,7 +220,7 @@ def _balance(
         rows = int(unique.sizes[row, 0])
         row_bytes = int(size[row]) // max(rows, 1)
         num_pieces = int(size[row]) * PIECES // CUT_BYTES
-        writing = sorted(holders[row], key=lambda h: (loads[h], h))[:num_pieces]
+        writing = sorted(holders.of(row), key=lambda h: (loads[h], h))[:num_pieces]
         share = share_rows(rows, row_bytes, [int(loads[h]) for h in writing])
         whole[row] = False
         start = int(unique.offsets[row, 0])

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -15,7 +14,7 @@ from dcp_resume.manifest.models import TensorEntry
 from dcp_resume.planning.table import Table
 from dcp_resume.planning.union import Union
 
-__all__ = ["Named", "deduplicate", "join_aliases"]
+__all__ = ["Holders", "Named", "deduplicate", "join_aliases"]
 
 I64 = npt.NDArray[np.int64]
 
@@ -90,49 +89,88 @@ def _refuse_unlike(tensors: Sequence[TensorEntry], first: Mapping[int, int]) -> 
         )
 
 
-def _row_groups(table: Table) -> I64:
-    """Number rows so that two get the same number exactly if tensor and box are equal."""
+@dataclass(frozen=True, slots=True)
+class Holders:
+    """The ranks that hold each distinct chunk, end to end."""
+
+    ranks: I64
+    """Ascending for each chunk; twice where a rank holds it under two names."""
+    starts: I64
+    """``[chunks]`` where each chunk's ranks begin."""
+    counts: I64
+    """``[chunks]``"""
+
+    @property
+    def is_shared(self) -> npt.NDArray[np.bool_]:
+        """``[chunks]`` whether more than one rank holds it."""
+        last = self.starts + self.counts - 1
+        return np.asarray(self.ranks[self.starts] != self.ranks[last])
+
+    def of(self, chunk: int) -> list[int]:
+        """The ranks that hold a chunk, each once."""
+        start = int(self.starts[chunk])
+        return list(dict.fromkeys(self.ranks[start : start + int(self.counts[chunk])].tolist()))
+
+
+def _grouped(table: Table) -> tuple[I64, npt.NDArray[np.bool_]]:
+    """Rows in an order that makes equal chunks neighbours, and which of them begins a group.
+
+    Equal rows keep the order of the table.
+    """
     if not len(table.tensor):
-        return np.zeros(0, np.int64)
-    key = np.column_stack([table.tensor, table.offsets, table.sizes])
+        return np.zeros(0, np.int64), np.zeros(0, bool)
+    columns = [table.tensor, *table.offsets.T, *table.sizes.T]
     mix = np.uint64(0x9E3779B97F4A7C15)
-    hashed = np.zeros(len(key), np.uint64)
+    hashed = np.zeros(len(table.tensor), np.uint64)
     with np.errstate(over="ignore"):
-        for column in key.T:
+        for column in columns:
             hashed = (hashed ^ column.astype(np.uint64)) * mix
             hashed ^= hashed >> np.uint64(29)
-    _, first, group = np.unique(hashed, return_index=True, return_inverse=True)
-    if not np.array_equal(key[first][group], key):  # two boxes met under one hash
-        _, group = np.unique(key, axis=0, return_inverse=True)
-    return group.reshape(-1).astype(np.int64)
+    order = np.argsort(hashed, kind="stable")
+    begins = np.r_[True, np.diff(hashed[order]) != 0]
+    members, before = order[1:][~begins[1:]], order[:-1][~begins[1:]]
+    if all(np.array_equal(column[members], column[before]) for column in columns):
+        return order, begins
+    order = np.lexsort(columns[::-1])  # two boxes met under one hash
+    differ = [column[order[1:]] != column[order[:-1]] for column in columns]
+    return order, np.r_[True, np.logical_or.reduce(differ)]
 
 
-def deduplicate(named: Named) -> tuple[Table, list[list[int]]]:
-    """One row a distinct chunk, and the ranks that hold it.
+def deduplicate(named: Named) -> tuple[Table, Holders]:
+    """One row a distinct chunk, in the order of its first rank, and the ranks that hold it.
 
     Raises:
         ReplicaMismatch: Chunks that no placement proves equal have different digests, or a tied
             tensor is cut otherwise than the one that it is tied to.
     """
-    table = named.table
-    group = _row_groups(table)
-    order = np.lexsort((table.rank, group))
-    group, rows, prints = group[order], table.take(order), named.digests[order]
-    offered_as = named.offered_as[order]
-    starts = np.flatnonzero(np.r_[True, group[1:] != group[:-1]]) if len(group) else group
-    counts = np.diff(np.r_[starts, len(group)])
+    order, begins = _grouped(named.table)
+    starts = np.flatnonzero(begins)
+    counts = np.diff(starts, append=len(order))
+    _compare(named, order, starts, counts)
+    place = np.zeros(len(order), np.int64)
+    place[order[starts]] = np.arange(len(starts))
+    is_first = np.zeros(len(order), bool)
+    is_first[order[starts]] = True
+    kept = np.flatnonzero(is_first)
+    groups = place[kept]
+    holders = Holders(named.table.rank[order], starts[groups], counts[groups])
+    return named.table.take(kept), holders
+
+
+def _compare(named: Named, order: I64, starts: I64, counts: I64) -> None:
     leader = np.repeat(starts, counts)
-    wrong = np.flatnonzero((prints != prints[leader]).any(axis=1))
+    copies = np.flatnonzero(leader != np.arange(len(order)))
+    differ = named.digests[order[copies]] != named.digests[order[leader[copies]]]
+    wrong = copies[differ.any(axis=1)]
+    if not len(wrong) and not named.first:
+        return
+    rows, offered_as = named.table.take(order), named.offered_as[order]
     if len(wrong):
         _refuse_tied(named, rows, offered_as, leader, wrong)
         _refuse_replicas(rows, wrong, leader, named.tensors)
-    if named.first and len(starts):
+    if len(starts):
         has_first = np.logical_or.reduceat(offered_as == rows.tensor, starts)
         _refuse_cut(named, rows, offered_as, np.flatnonzero(~np.repeat(has_first, counts)))
-    bounds = np.r_[starts, len(group)].tolist()
-    ranks = rows.rank.tolist()
-    holders = [list(dict.fromkeys(ranks[a:b])) for a, b in pairwise(bounds)]
-    return rows.take(starts), holders
 
 
 def _refuse_tied(
