@@ -130,11 +130,12 @@ class _Offers:
                 self._names.update(dict.fromkeys(names, fqn))
                 self._shapes[fqn] = tuple(shape)
                 boxes.setdefault(fqn, {}).update(dict.fromkeys(map(_box, rows)))
-        cut = {
-            fqn: [_row(cell) for cell in disjoint_cells(own)]
-            for fqn, own in boxes.items()
-            if sum(box.volume for box in own) != math.prod(self._shapes[fqn])
-        }
+        cut: dict[str, list[list[tuple[int, ...]]]] = {}
+        for fqn, distinct in boxes.items():
+            own = list(distinct)
+            cells = disjoint_cells(own)
+            if cells != own:
+                cut[fqn] = [_row(cell) for cell in cells]
         return [json.dumps(cut).encode()] * len(ballots)
 
     def totals(self, ballots: Sequence[bytes]) -> HeldTotals:

@@ -218,7 +218,7 @@ def write_rank(
     store: ObjectStore,
     prefix: str,
     block_size: int,
-    tensor_digests: TensorDigests,
+    tensor_digests: TensorDigests = TensorDigests.OMIT,
 ) -> RankReport:
     """Write a rank's data files, and give their buffers back.
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import numpy as np
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from dcp_resume.manifest.boxes import Box
@@ -50,10 +50,9 @@ def test_what_is_outside_of_a_hole_and_what_is_inside_make_the_box(boxes):
 @given(box_lists())
 @SEEDED
 def test_cells_are_disjoint_and_each_box_is_a_union_of_them(boxes):
+    boxes = list(dict.fromkeys(box for box in boxes if box.volume))
+    assume(boxes)
     cells = disjoint_cells(boxes)
-    if not cells:
-        assert all(not box.volume for box in boxes)
-        return
     canvas = painted(cells)
     assert canvas.max() <= 1
     assert np.array_equal(canvas > 0, painted(boxes) > 0)
