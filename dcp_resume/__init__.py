@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from dcp_resume.manager.pending import PendingSave
     from dcp_resume.manager.rng import RngState
     from dcp_resume.manager.settings import SaveMode, Settings, WhenBusy
+    from dcp_resume.manager.state_digests import digest_tensors
     from dcp_resume.manager.stateful import OptimizerState
     from dcp_resume.manager.trainer_state import TrainerState
     from dcp_resume.manifest.models import Manifest
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
     from dcp_resume.session.load import LoadOptions, LoadResult
     from dcp_resume.session.save import SaveResult
     from dcp_resume.session.targets import Apply
+    from dcp_resume.session.tensor_digests import Prove, TensorDigests
     from dcp_resume.storage.opening import open_store
     from dcp_resume.storage.retry import RetryPolicy
 else:
@@ -50,6 +52,7 @@ else:
         "OptimizerState": "dcp_resume.manager.stateful",
         "Padding": "dcp_resume.planning.declared",
         "PendingSave": "dcp_resume.manager.pending",
+        "Prove": "dcp_resume.session.tensor_digests",
         "Reader": "dcp_resume.session.dcp_reader",
         "ReportItem": "dcp_resume.manifest.report",
         "RetryPolicy": "dcp_resume.storage.retry",
@@ -62,9 +65,11 @@ else:
         "Severity": "dcp_resume.manifest.report",
         "Split": "dcp_resume.planning.declared",
         "Strictness": "dcp_resume.session.compare",
+        "TensorDigests": "dcp_resume.session.tensor_digests",
         "TrainerState": "dcp_resume.manager.trainer_state",
         "WhenBusy": "dcp_resume.manager.settings",
         "Writer": "dcp_resume.session.dcp_writer",
+        "digest_tensors": "dcp_resume.manager.state_digests",
         "errors": "dcp_resume.errors",
         "events": "dcp_resume.events",
         "open_store": "dcp_resume.storage.opening",
@@ -94,6 +99,7 @@ __all__ = [
     "OptimizerState",
     "Padding",
     "PendingSave",
+    "Prove",
     "Reader",
     "ReportItem",
     "RetryPolicy",
@@ -106,9 +112,11 @@ __all__ = [
     "Severity",
     "Split",
     "Strictness",
+    "TensorDigests",
     "TrainerState",
     "WhenBusy",
     "Writer",
+    "digest_tensors",
     "errors",
     "events",
     "open_store",

@@ -24,7 +24,8 @@
     │   └── IncompletePlan                     the ranks' plans do not tile every tensor
     ├── LoadError                              a load did not happen, or not wholly
     │   ├── LoadRefused                        it does not fit the state; nothing was changed
-    │   └── PartialLoad                        some tensors were written before a block failed
+    │   ├── PartialLoad                        some tensors were written before a block failed
+    │   └── TensorMismatch                     tensors were loaded that are not those saved
     ├── SaveError                              a save did not commit
     │   ├── RankErrors                         one or more ranks failed; each with its cause
     │   ├── RankSilent                         one or more ranks did not report by the deadline
@@ -82,6 +83,7 @@ __all__ = [
     "StorageFull",
     "StorageUnavailable",
     "StoreNotShared",
+    "TensorMismatch",
     "UnsupportedFormat",
     "UnsupportedLeaf",
     "UnsupportedStore",
@@ -270,6 +272,17 @@ class PartialLoad(LoadError):
     written_fqns: tuple[str, ...]
     """Tensors whose memory was changed, wholly or in part."""
     problems: tuple[Problem, ...]
+
+
+class TensorMismatch(LoadError):
+    """Loaded tensors, in the ranks' memory, do not have the digests that were recorded at save."""
+
+    step: int
+    problems: tuple[Problem, ...]
+    expected: Mapping[str, str]
+    """FQN → digest recorded at save, 32 hex digits."""
+    found: Mapping[str, str]
+    """FQN → digest in memory; not of tensors of which ranks hold different copies."""
 
 
 class SaveError(DcpResumeError):

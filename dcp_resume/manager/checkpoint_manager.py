@@ -145,6 +145,7 @@ class CheckpointManager:
             step=step,
             facts=self._facts(step, chosen),
             declarations=declarations_of(self.settings.declarations, chosen),
+            tensor_digests=self.settings.tensor_digests,
         )
         is_blocking = self.settings.mode is SaveMode.BLOCKING
         pool = None if is_blocking else self._pool

@@ -11,6 +11,7 @@ from dcp_resume.errors import ConfigurationError
 from dcp_resume.manager.stateful import OptimizerState
 from dcp_resume.planning.declarations import Declarations
 from dcp_resume.session.load import LoadOptions
+from dcp_resume.session.tensor_digests import TensorDigests
 from dcp_resume.storage import RetryPolicy
 
 __all__ = ["SaveMode", "Settings", "WhenBusy"]
@@ -52,6 +53,7 @@ class Settings:
     deadline_s: float = 1800.0
     """Seconds after which a save or load fails on every rank that still waits for another."""
     declarations: Declarations = field(default_factory=Declarations)
+    tensor_digests: TensorDigests = TensorDigests.OMIT
     load: LoadOptions = field(default_factory=LoadOptions)
     storage_options: Mapping[str, Any] = field(default_factory=dict)
     """Passed to the file system: endpoint, credentials, profile."""

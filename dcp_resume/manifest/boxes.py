@@ -7,6 +7,7 @@ Box(offsets=(2, 2), sizes=(2, 1))
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 __all__ = ["Box"]
@@ -61,6 +62,26 @@ class Box:
             a <= c and d <= b
             for a, b, c, d in zip(self.offsets, self.stops, other.offsets, other.stops, strict=True)
         )
+
+    def without(self, hole: Box) -> Iterator[Box]:
+        """What of it lies outside of ``hole``, in disjoint boxes; none of an empty box.
+
+        >>> [rest.sizes for rest in Box.whole((3, 4)).without(Box((0, 1), (2, 9)))]
+        [(1, 4), (2, 1)]
+        """
+        common = self.intersect(hole)
+        if common is None:
+            if self.volume:
+                yield self
+            return
+        offsets, stops = list(self.offsets), list(self.stops)
+        for dim, (first, last) in enumerate(zip(common.offsets, common.stops, strict=True)):
+            for start, stop in ((offsets[dim], first), (last, stops[dim])):
+                if start < stop:
+                    sizes = [b - a for a, b in zip(offsets, stops, strict=True)]
+                    sizes[dim] = stop - start
+                    yield Box((*offsets[:dim], start, *offsets[dim + 1 :]), tuple(sizes))
+            offsets[dim], stops[dim] = first, last
 
     def relative_to(self, outer: Box) -> Box:
         """The same box, counted from the first element of ``outer``."""

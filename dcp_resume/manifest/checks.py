@@ -21,6 +21,7 @@ from dcp_resume.manifest.keys import (
     parse_attempt_prefix,
 )
 from dcp_resume.manifest.models import (
+    POSITION_SUMS,
     Catalog,
     DocumentRef,
     FileEntry,
@@ -255,6 +256,11 @@ def _shape_note_problems(where: str, tensor: TensorEntry) -> Iterator[Problem]:
     ):
         message = f"does not fit shape {tensor.global_shape!s:.80}"
         yield Problem(f"{where}.padding", "range", message)
+    digest = tensor.tensor_digest
+    is_ours = digest is not None and digest.algorithm == POSITION_SUMS
+    if digest is not None and is_ours and _BLOCK_DIGEST.fullmatch(digest.value) is None:
+        message = f"expected 32 hex digits, found {digest.value!r:.80}"
+        yield Problem(f"{where}.tensor_digest.value", "digest_form", message)
     if tensor.composite is not None:
         yield Problem(f"{where}.composite", "composite", "expected null in version 1")
 

@@ -28,6 +28,7 @@ __all__ = [
     "PartSummary",
     "Segment",
     "Software",
+    "TensorDigest",
     "TensorEntry",
     "Topology",
     "TrainerFacts",
@@ -36,6 +37,8 @@ __all__ = [
 FORMAT_NAME = "dcp_resume"
 FORMAT_MAJOR = 1
 FORMAT_MINOR = 0
+POSITION_SUMS = "position-sums-128"
+"""The one algorithm of ``TensorDigest`` in version 1.0."""
 KNOWN_FEATURES: frozenset[str] = frozenset()
 """Features that this reader implements beyond version 1.0."""
 
@@ -249,6 +252,14 @@ class Padding(Document):
     logical_size: Count
 
 
+class TensorDigest(Document):
+    """A digest of a whole tensor that does not depend on how it was cut."""
+
+    algorithm: str
+    """``position-sums-128``; a reader MUST pass over a digest by an algorithm it does not know."""
+    value: str
+
+
 class TensorEntry(Document):
     """One logical tensor. Boxes in the index decide where bytes lie; the rest describes."""
 
@@ -275,8 +286,8 @@ class TensorEntry(Document):
     padding: Padding | None = None
     composite: dict[str, Any] | None = None
     """Reserved for tensor subclasses; MUST be null in version 1."""
-    tensor_digest: dict[str, str] | None = None
-    """Topology-independent digest, or null."""
+    tensor_digest: TensorDigest | None = None
+    """Null if the save did not record it, and of kinds ``per_rank`` and ``alias``."""
 
 
 class FileEntry(Document):

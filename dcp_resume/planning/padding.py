@@ -30,17 +30,4 @@ def inside_of(box: Box, shape: tuple[int, ...]) -> Box | None:
 
 def outside_of(box: Box, shape: tuple[int, ...]) -> Iterator[Box]:
     """The rest, in boxes."""
-    for dim, (offset, stop, size) in enumerate(zip(box.offsets, box.stops, shape, strict=True)):
-        first = max(offset, size)
-        if first < stop:
-            yield _cut(box, dim, first, stop)
-            if offset >= size:
-                return
-            box = _cut(box, dim, offset, size)
-
-
-def _cut(box: Box, dim: int, start: int, stop: int) -> Box:
-    return Box(
-        (*box.offsets[:dim], start, *box.offsets[dim + 1 :]),
-        (*box.sizes[:dim], stop - start, *box.sizes[dim + 1 :]),
-    )
+    return box.without(Box.whole(shape))

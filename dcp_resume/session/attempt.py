@@ -22,6 +22,7 @@ from dcp_resume.planning.plans import LocalPlan, RankPlan
 from dcp_resume.session.commit import Committed, Opened, commit
 from dcp_resume.session.documents import AttemptIdentity, Documents, Facts, build_documents
 from dcp_resume.session.run_log import RunLog
+from dcp_resume.session.tensor_digests import TensorDigests
 from dcp_resume.session.writing import RankReport
 from dcp_resume.storage import ObjectStore
 
@@ -44,6 +45,7 @@ class RankOrder:
     attempt: str
     step: int
     block_size: int
+    tensor_digests: TensorDigests
     plan: RankPlan
 
     @property
@@ -54,7 +56,8 @@ class RankOrder:
     def to_bytes(self) -> bytes:
         """Serialise for its rank."""
         head = self.block_size.to_bytes(8, "little") + self.step.to_bytes(8, "little")
-        return head + self.attempt.encode().ljust(32) + self.plan.to_bytes()
+        names = self.attempt.encode().ljust(32) + self.tensor_digests.value.encode().ljust(8)
+        return head + names + self.plan.to_bytes()
 
     @classmethod
     def from_bytes(cls, data: bytes) -> RankOrder:
@@ -67,7 +70,8 @@ class RankOrder:
             attempt=data[16:48].decode().strip(),
             step=int.from_bytes(data[8:16], "little"),
             block_size=int.from_bytes(data[:8], "little"),
-            plan=RankPlan.from_bytes(data[48:]),
+            tensor_digests=TensorDigests(data[48:56].decode().strip()),
+            plan=RankPlan.from_bytes(data[56:]),
         )
 
 
@@ -81,9 +85,16 @@ class Attempt:
     planned_at: int
     """Last log number read when the parent was chosen."""
     block_size: int
+    tensor_digests: TensorDigests = TensorDigests.OMIT
 
     @classmethod
-    def begin(cls, run: Run, plans: Sequence[LocalPlan], step: int) -> Attempt:
+    def begin(
+        cls,
+        run: Run,
+        plans: Sequence[LocalPlan],
+        step: int,
+        tensor_digests: TensorDigests = TensorDigests.OMIT,
+    ) -> Attempt:
         """Merge the ranks' plans, name the attempt, and make its directories durable.
 
         Raises:
@@ -102,13 +113,18 @@ class Attempt:
             resume_source=run.opened.resume_source,
         )
         run.store.prepare(attempt_prefix(step, identity.attempt))
-        return cls(run, identity, plan, history.last_seq, choose_block_size(_num_bytes(plan)))
+        block_size = choose_block_size(_num_bytes(plan))
+        return cls(run, identity, plan, history.last_seq, block_size, tensor_digests)
 
     def order(self, rank: int) -> RankOrder:
         """What ``rank`` writes."""
         identity = self.identity
         return RankOrder(
-            identity.attempt, identity.step, self.block_size, self.plan.rank_plan(rank)
+            identity.attempt,
+            identity.step,
+            self.block_size,
+            self.tensor_digests,
+            self.plan.rank_plan(rank),
         )
 
     def commit(

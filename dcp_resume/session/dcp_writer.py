@@ -41,7 +41,15 @@ from dcp_resume.session.documents import Facts
 from dcp_resume.session.incarnation import incarnation_of
 from dcp_resume.session.save import SaveResult, SaveSession
 from dcp_resume.session.staging import snapshot
-from dcp_resume.session.writing import ChunkSource, RankReport, RankSource, stage_rank, write_rank
+from dcp_resume.session.tensor_digests import TensorDigests
+from dcp_resume.session.writing import (
+    ChunkSource,
+    PlacedChunk,
+    RankReport,
+    RankSource,
+    stage_rank,
+    write_rank,
+)
 
 __all__ = ["Writer"]
 
@@ -57,6 +65,7 @@ class Writer(StorageWriter):
             ``votes="dcp"`` safe there.
         facts: For the manifest.
         declarations: With ``votes="store"``: what the caller knows of its leaves.
+        tensor_digests: Whether to record a digest of each tensor.
         storage_options: Passed to the file system.
         deadline_s: With ``votes="store"``: seconds until the save fails on every rank.
 
@@ -73,6 +82,7 @@ class Writer(StorageWriter):
         own_group: bool = False,
         facts: Facts | None = None,
         declarations: Declarations | None = None,
+        tensor_digests: TensorDigests = TensorDigests.OMIT,
         storage_options: Mapping[str, Any] | None = None,
         deadline_s: float = 1800.0,
     ) -> None:
@@ -88,6 +98,7 @@ class Writer(StorageWriter):
         self._own_group = own_group
         self._facts = facts or Facts(TrainerFacts(step=step))
         self._declarations = declarations
+        self._tensor_digests = tensor_digests
         self._storage_options = dict(storage_options or {})
         self._deadline_s = deadline_s
         self._session: SaveSession | None = None
@@ -147,6 +158,7 @@ class Writer(StorageWriter):
             step=self._step,
             facts=self._facts,
             declarations=self._declarations,
+            tensor_digests=self._tensor_digests,
         )
         return self._session
 
@@ -208,7 +220,7 @@ class Writer(StorageWriter):
         columns: list[LocalPlan] = []
         for rank, plan in enumerate(plans):
             columns.append(columns_of(plan) or items_to_columns(plan, rank, entries))
-        self._attempt = Attempt.begin(run, columns, self._step)
+        self._attempt = Attempt.begin(run, columns, self._step, self._tensor_digests)
         return [
             SavePlan(plan.items, storage_data=self._attempt.order(rank).to_bytes())
             for rank, plan in enumerate(plans)
@@ -237,7 +249,7 @@ class Writer(StorageWriter):
         store = incarnation_of(self._url, self._storage_options).store
         staged = stage_rank(order.plan, source, None)
         num_bytes = staged.num_bytes
-        report = write_rank(staged, store, order.prefix, order.block_size)
+        report = write_rank(staged, store, order.prefix, order.block_size, order.tensor_digests)
         data = [report.to_bytes(), pack_leaves(values)]
         results.set_result([WriteResult(MetadataIndex("~report"), num_bytes, data)])
         return results
@@ -292,15 +304,18 @@ class _PlannerSource:
         for item in items:
             self._items.setdefault(item.index.fqn, {})[box_of_item(item)] = item
 
-    def chunk(self, plan: RankPlan, row: int, key: str) -> tuple[torch.Tensor, ChunkHeader]:
-        """The memory of one planned chunk, and its line in the file's header."""
+    def chunk(self, plan: RankPlan, row: int, key: str) -> tuple[torch.Tensor, PlacedChunk]:
+        """One planned chunk, which the file holds under ``key``, and its memory."""
         own = list(self._items.values())[int(plan.tensor[row])]
         ndim = len(next(iter(own)).sizes)
         box = unpad_box(plan.offsets[row], plan.sizes[row], ndim)
         tensor = self._planner.resolve_data(own[box])
         assert isinstance(tensor, torch.Tensor)
         dtype = dtype_info(tensor.dtype).name
-        return tensor, ChunkHeader(key, dtype, box.sizes, box.offsets)
+        data = own[box].tensor_data
+        assert data is not None
+        line = ChunkHeader(key, dtype, box.sizes, box.offsets)
+        return tensor, PlacedChunk(line, tuple(data.size))
 
 
 def _source(plan: SavePlan, planner: SavePlanner) -> tuple[ChunkSource, dict[str, Any]]:

@@ -12,12 +12,14 @@ from types import MappingProxyType
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import torch
 
 from dcp_resume.errors import IncompletePlan, summarise
 from dcp_resume.format.chunk_index import ChunkIndex, check_index
 from dcp_resume.format.digests import choose_block_size, digest_bytes, digest_hex, fold
 from dcp_resume.format.dtypes import ITEMSIZES
+from dcp_resume.format.position_digest import PositionDigest
 from dcp_resume.manifest.checks import checkpoint_problems
 from dcp_resume.manifest.keys import CATALOG_NAME, INDEX_NAME
 from dcp_resume.manifest.models import (
@@ -32,15 +34,24 @@ from dcp_resume.manifest.models import (
     Manifest,
     PartSummary,
     Software,
+    TensorEntry,
     Topology,
     TrainerFacts,
 )
 from dcp_resume.manifest.wire import encode
 from dcp_resume.planning.flattening import part_of
 from dcp_resume.planning.merge import GlobalPlan
+from dcp_resume.session.tensor_digests import can_have_digest, with_digest
 from dcp_resume.session.writing import RankReport
 
-__all__ = ["AttemptIdentity", "Documents", "Facts", "build_documents", "software"]
+__all__ = [
+    "AttemptIdentity",
+    "Documents",
+    "Facts",
+    "build_documents",
+    "software",
+    "tensor_digests",
+]
 
 
 @dataclass(frozen=True, slots=True)
@@ -125,7 +136,8 @@ def build_documents(
         block_digest=digests,
     )
     index_bytes = index.to_bytes()
-    catalog = Catalog(format=FormatMark(), tensors=plan.tensors, files=files)
+    tensors = _with_tensor_digests(plan, np.concatenate([r.position_sums for r in reports]))
+    catalog = Catalog(format=FormatMark(), tensors=tensors, files=files)
     catalog_bytes = encode(catalog)
     manifest = Manifest(
         format=FormatMark(),
@@ -167,6 +179,31 @@ def build_documents(
     )
     _refuse_unreadable(manifest, catalog, index)
     return Documents(manifest, encode(manifest), catalog_bytes, index_bytes, files)
+
+
+def _with_tensor_digests(plan: GlobalPlan, sums: npt.NDArray[np.uint64]) -> tuple[TensorEntry, ...]:
+    """The plan's entries, with the sums of their chunks where ranks reported them.
+
+    Chunks tile their tensors, so the sums over them are those over all elements.
+    """
+    if not len(sums):
+        return plan.tensors
+    return tuple(
+        with_digest(entry, digest) if can_have_digest(entry) else entry
+        for entry, digest in zip(plan.tensors, tensor_digests(plan, sums), strict=True)
+    )
+
+
+def tensor_digests(plan: GlobalPlan, sums: npt.NDArray[np.uint64]) -> list[PositionDigest]:
+    """Per tensor of the plan the sum over its chunks.
+
+    Args:
+        plan: What was written.
+        sums: ``[chunks, 2]`` as ranks report them, in the order of the plan's files.
+    """
+    totals = np.zeros((len(plan.tensors), 2), np.uint64)
+    np.add.at(totals, plan.layout.chunks.tensor, sums)
+    return [PositionDigest(total, squares) for total, squares in totals.tolist()]
 
 
 def _refuse_unreadable(manifest: Manifest, catalog: Catalog, index: ChunkIndex) -> None:

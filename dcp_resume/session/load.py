@@ -8,6 +8,8 @@
 4. Read (every rank). Exact byte ranges, widened to digest blocks, are fetched in parallel.
 5. Prove and place (every rank). Each block is verified before it enters the trainer's memory, or,
    with ``Apply.ATOMIC``, before any does. All ranks agree on the outcome.
+6. Prove tensors (every rank), if asked. What the ranks then hold together has the digests that were
+   recorded at save.
 """
 
 from __future__ import annotations
@@ -35,9 +37,11 @@ from dcp_resume.manifest.models import DocumentRef
 from dcp_resume.manifest.report import ReportItem, Severity, overridden
 from dcp_resume.planning.state import LocalState
 from dcp_resume.session.compare import LoadReport, Strictness, compare_state
+from dcp_resume.session.loaded_tensors import prove_loaded, unrecorded
 from dcp_resume.session.opening import OpenedCheckpoint, check_files, open_checkpoint
 from dcp_resume.session.reading import ReadOutcome, read_targets
 from dcp_resume.session.targets import Apply, Target, settle, target_of, targets_of
+from dcp_resume.session.tensor_digests import Prove
 from dcp_resume.session.values import (
     StoredValue,
     fill_empty_mappings,
@@ -62,6 +66,7 @@ class LoadOptions:
     strictness: Strictness = Strictness.RAISE
     """Of missing and unexpected names."""
     apply: Apply = Apply.IN_PLACE
+    prove: Prove = Prove.BLOCKS
     parts: tuple[str, ...] | None = None
     """Parts to load, the others left alone; None to expect every part of the checkpoint."""
     overrides: Mapping[str, Severity] = field(default_factory=dict)
@@ -224,6 +229,8 @@ class LoadSession:
                 ),
             )
             items = [*report.items, *self._decode_values()]
+            if self.options.prove is Prove.TENSORS:
+                items.extend(unrecorded(self.opened, self.state))
             items.extend(differences(self.opened, self._decoded))
             return replace(report, items=overridden(items, self.options.overrides)).to_bytes()
 
@@ -255,9 +262,10 @@ class LoadSession:
         return faults
 
     def read(self, report: LoadReport) -> LoadResult:
-        """Steps 4 and 5.
+        """Steps 4 to 6.
 
         Raises:
+            TensorMismatch: All was loaded, and tensors are not as they were saved.
             CorruptData: Blocks failed, and no tensor of any rank was changed.
             PartialLoad: Blocks failed after some tensors were written; they are listed.
             RankErrors: A rank failed otherwise.
@@ -272,6 +280,8 @@ class LoadSession:
 
         self._votes.round("read", work, self._judge)
         settle(targets)
+        if self.options.prove is Prove.TENSORS:
+            prove_loaded(self._votes, self.opened, self.state)
         duration = time.monotonic() - self._started
         emit(
             LoadFinished(

@@ -12,7 +12,7 @@ removes the files that were written. Step 4 takes the run over, as every new inc
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, field
 
@@ -21,6 +21,7 @@ import numpy as np
 from dcp_resume.errors import (
     CommitUnknown,
     ConfigurationError,
+    CorruptData,
     DcpResumeError,
     LoadRefused,
     Problem,
@@ -44,12 +45,13 @@ from dcp_resume.planning.layouts import Kept, StoredState, TargetLayout, plan_la
 from dcp_resume.planning.plans import unpad_box
 from dcp_resume.session.attempt import Attempt
 from dcp_resume.session.commit import Committed, choose_newest
-from dcp_resume.session.documents import AttemptIdentity, Facts
+from dcp_resume.session.documents import AttemptIdentity, Facts, tensor_digests
 from dcp_resume.session.load import Located
 from dcp_resume.session.opening import OpenedCheckpoint, open_checkpoint
 from dcp_resume.session.ownership import own_run
 from dcp_resume.session.run_log import RunLog
 from dcp_resume.session.streaming import FileStreamer
+from dcp_resume.session.tensor_digests import TensorDigests, differing, recorded_digest
 from dcp_resume.session.votes import LonelyVotes
 from dcp_resume.session.writing import RankReport
 from dcp_resume.storage import ObjectStore, check_exclusive_create
@@ -209,17 +211,6 @@ def _chooser(manifest: Manifest) -> Callable[[RunHistory], int | None]:
     return choose
 
 
-def _joined(reports: Sequence[RankReport]) -> RankReport:
-    """One report of all files, in their order."""
-    none = np.zeros(0, np.int64)
-    return RankReport(
-        sizes=np.concatenate([none, *(r.sizes for r in reports)]),
-        header_sizes=np.concatenate([none, *(r.header_sizes for r in reports)]),
-        num_blocks=np.concatenate([none, *(r.num_blocks for r in reports)]),
-        digests=np.concatenate([np.zeros((0, 16), np.uint8), *(r.digests for r in reports)]),
-    )
-
-
 class _Written:
     """The files of one attempt."""
 
@@ -233,6 +224,8 @@ class _Written:
         itemsize = np.asarray([ITEMSIZES[entry.dtype] for entry in tensors] or [1], np.int64)
         self._num_bytes = int((chunks.sizes.prod(axis=1) * itemsize[chunks.tensor]).sum())
         self._block_size = choose_block_size(self._num_bytes)
+        is_recorded = any(recorded_digest(entry) is not None for entry in tensors)
+        self._tensor_digests = TensorDigests.RECORD if is_recorded else TensorDigests.OMIT
 
     def write_files(
         self, source: ObjectStore, opened: OpenedCheckpoint, options: ReshardOptions
@@ -251,11 +244,33 @@ class _Written:
         layout, tensors = self._layout.plan.layout, self._layout.plan.tensors
         reports = [
             streamer.write(
-                layout, tensors, file, self._target, self.prefix + name, self._block_size
+                layout,
+                tensors,
+                file,
+                self._target,
+                self.prefix + name,
+                self._block_size,
+                self._tensor_digests,
             )
             for file, name in enumerate(layout.names)
         ]
-        return _joined(reports), streamer.read_bytes
+        report = RankReport.joined(reports)
+        self._check_tensors(report)
+        return report, streamer.read_bytes
+
+    def _check_tensors(self, report: RankReport) -> None:
+        """Prove that every element is at its place in what was written."""
+        if self._tensor_digests is TensorDigests.OMIT:
+            return
+        plan = self._layout.plan
+        found = tensor_digests(plan, report.position_sums)
+        problems = tuple(differing(zip(plan.tensors, found, strict=True)))
+        if problems:
+            raise CorruptData(
+                f"tensors are not those that were saved, though their blocks are; nothing was "
+                f"committed:\n{summarise(problems)}\nreshard another step",
+                problems=problems,
+            )
 
     def commit(self, log: RunLog, report: RankReport) -> Committed:
         """Step 4."""

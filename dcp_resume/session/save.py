@@ -33,6 +33,7 @@ from dcp_resume.planning.state import LocalState, describe_state
 from dcp_resume.session.attempt import Attempt, RankOrder, Run
 from dcp_resume.session.documents import Facts
 from dcp_resume.session.staging import BufferPool
+from dcp_resume.session.tensor_digests import TensorDigests
 from dcp_resume.session.votes import Votes
 from dcp_resume.session.writing import (
     RankReport,
@@ -68,6 +69,7 @@ class SaveSession:
         step: Optimizer steps completed.
         facts: For the manifest; the coordinator's count.
         declarations: What the caller knows of its leaves.
+        tensor_digests: Whether to record a digest of each tensor; the coordinator's word counts.
     """
 
     def __init__(
@@ -78,12 +80,14 @@ class SaveSession:
         step: int,
         facts: Facts,
         declarations: Declarations | None = None,
+        tensor_digests: TensorDigests = TensorDigests.OMIT,
     ) -> None:
         self._run = run
         self._votes = votes
         self._step = step
         self._facts = facts
         self._declarations = declarations or Declarations()
+        self._tensor_digests = tensor_digests
         self._started = time.monotonic()
         self._order: RankOrder | None = None  # known after step 1
         self._staged: StagedRank | None = None  # known after step 2
@@ -182,7 +186,7 @@ class SaveSession:
                 option="step",
             )
         plans = [LocalPlan.from_bytes(ballot[8:]) for ballot in ballots]
-        self._attempt = Attempt.begin(self._run, plans, self._step)
+        self._attempt = Attempt.begin(self._run, plans, self._step, self._tensor_digests)
         return [self._attempt.order(rank).to_bytes() for rank in range(len(ballots))]
 
     # Step 3, every rank.
@@ -195,7 +199,9 @@ class SaveSession:
         assert self._staged is not None
         started, num_bytes = time.monotonic(), self.num_bytes
         order = self._order
-        report = write_rank(self._staged, self._run.store, order.prefix, order.block_size)
+        report = write_rank(
+            self._staged, self._run.store, order.prefix, order.block_size, order.tensor_digests
+        )
         self._finish_phase("write", started, num_bytes)
         return report.to_bytes()
 

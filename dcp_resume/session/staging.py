@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -64,6 +64,17 @@ class StagedFile:
     """Bytes of each chunk."""
     _pool: BufferPool | None = None
     _buffer: torch.Tensor | None = None
+
+    def chunks(self) -> Iterator[memoryview]:
+        """The bytes of each chunk."""
+        if self._buffer is None:
+            yield from self.buffers
+            return
+        (whole,) = self.buffers
+        position = 0
+        for length in self.lengths:
+            yield whole[position : position + length]
+            position += length
 
     def release(self) -> None:
         """Say that the bytes have been read for the last time."""

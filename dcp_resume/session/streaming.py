@@ -15,16 +15,18 @@ from dcp_resume.errors import CorruptData, summarise
 from dcp_resume.format.data_file import ChunkHeader, header_bytes
 from dcp_resume.format.digests import block_bounds
 from dcp_resume.format.dtypes import ITEMSIZES
+from dcp_resume.format.position_digest import PositionDigest
 from dcp_resume.format.streamed_digests import StreamedDigests
-from dcp_resume.manifest.boxes import Box
 from dcp_resume.manifest.models import TensorEntry
 from dcp_resume.planning.files import FileLayout
-from dcp_resume.planning.pieces import cut_box
+from dcp_resume.planning.padding import logical_shape
 from dcp_resume.planning.plans import unpad_box
 from dcp_resume.session.opening import OpenedCheckpoint
 from dcp_resume.session.reading import read_targets
 from dcp_resume.session.targets import Target
-from dcp_resume.session.writing import RankReport
+from dcp_resume.session.tensor_digests import TensorDigests, can_have_digest, digest_row_major
+from dcp_resume.session.windows import StoredBox, cut_windows
+from dcp_resume.session.writing import RankReport, file_report
 from dcp_resume.storage import ObjectStore
 
 __all__ = ["FileStreamer"]
@@ -35,8 +37,15 @@ class _Chunk:
     """One chunk of a file that is to be written."""
 
     line: ChunkHeader
-    fqn: str
-    box: Box
+    stored: StoredBox
+    entry: TensorEntry
+
+    def digest(self, target: Target) -> PositionDigest:
+        """What a piece of it, once read, adds to the tensor's digest."""
+        if not can_have_digest(self.entry):
+            return PositionDigest()
+        itemsize, shape = self.stored.itemsize, logical_shape(self.entry)
+        return digest_row_major(target.memory, itemsize, target.box, shape)
 
 
 class FileStreamer:
@@ -73,6 +82,7 @@ class FileStreamer:
         target: ObjectStore,
         key: str,
         block_size: int,
+        tensor_digests: TensorDigests,
     ) -> RankReport:
         """Write one file.
 
@@ -83,6 +93,7 @@ class FileStreamer:
             target: Store to write to.
             key: Key of the file.
             block_size: Bytes of a digest block.
+            tensor_digests: Whether to report what each chunk adds to its tensor's digest.
 
         Raises:
             CorruptData: A block of the source failed; the file was not written.
@@ -93,7 +104,8 @@ class FileStreamer:
         lengths = [chunk.line.num_bytes for chunk in chunks]
         bounds = block_bounds(len(header), np.asarray(lengths, np.int64), block_size)
         digests = StreamedDigests(bounds)
-        buffers = self._buffers(header, chunks, digests)
+        sums = [PositionDigest()] * len(chunks) if tensor_digests is TensorDigests.RECORD else []
+        buffers = self._buffers(header, chunks, digests, sums)
         self._failure = None
         try:
             size = target.write(key, buffers, size=int(bounds[-1]))
@@ -102,46 +114,30 @@ class FileStreamer:
             if self._failure is not None:
                 raise self._failure from None
             raise
-        digest = digests.finish()
-        return RankReport(
-            sizes=np.asarray([size], np.int64),
-            header_sizes=np.asarray([len(header)], np.int64),
-            num_blocks=np.asarray([len(bounds) - 1], np.int64),
-            digests=np.frombuffer(digest, np.uint8).reshape(-1, 16),
-        )
+        return file_report(size, len(header), digests.finish(), sums)
 
     def _buffers(
-        self, header: bytes, chunks: Sequence[_Chunk], digests: StreamedDigests
+        self,
+        header: bytes,
+        chunks: Sequence[_Chunk],
+        digests: StreamedDigests,
+        sums: list[PositionDigest],
     ) -> Iterator[memoryview]:
         try:
             digests.update(memoryview(header))
             yield memoryview(header)
-            for targets in self._windows(chunks):
-                length = sum(len(target.memory) for target in targets)
-                self._fill(targets)
-                window = self._memory[:length]
-                digests.update(window)
-                yield window
-                self._progress(length)
+            for window in cut_windows((chunk.stored for chunk in chunks), self._memory):
+                self._fill(window.targets)
+                if sums:
+                    for number, target in zip(window.numbers, window.targets, strict=True):
+                        sums[number] += chunks[number].digest(target)
+                data = self._memory[: window.num_bytes]
+                digests.update(data)
+                yield data
+                self._progress(window.num_bytes)
         except Exception as error:
             self._failure = error
             raise
-
-    def _windows(self, chunks: Sequence[_Chunk]) -> Iterator[list[Target]]:
-        """Pieces that fill the window one behind the other."""
-        targets: list[Target] = []
-        position = 0
-        for chunk in chunks:
-            itemsize = ITEMSIZES[chunk.line.dtype]
-            for box in cut_box(chunk.box, len(self._memory) // itemsize):
-                stop = position + box.volume * itemsize
-                if stop > len(self._memory):
-                    yield targets
-                    targets, position, stop = [], 0, stop - position
-                targets.append(Target(chunk.fqn, box, self._memory[position:stop], None, None))
-                position = stop
-        if position:
-            yield targets
 
     def _fill(self, targets: Sequence[Target]) -> None:
         outcome = read_targets(self._source, self._opened, targets)
@@ -162,5 +158,6 @@ def _chunks(layout: FileLayout, tensors: Sequence[TensorEntry], file: int) -> li
         ndim = len(entry.global_shape)
         box = unpad_box(layout.chunks.offsets[row], layout.chunks.sizes[row], ndim)
         line = ChunkHeader(layout.key_of(row), entry.dtype, box.sizes, box.offsets)
-        chunks.append(_Chunk(line, entry.fqn, box))
+        stored = StoredBox(entry.fqn, box, ITEMSIZES[entry.dtype])
+        chunks.append(_Chunk(line, stored, entry))
     return chunks

@@ -4,6 +4,8 @@
 2. List. Every data file is there at its size.
 3. Read. Every block of every file is fetched and its digest compared; every header is parsed and
    compared with catalog and index. Files that are missing are passed over.
+4. Prove tensors, if asked. What the save recorded of each tensor is computed anew from its stored
+   chunks, which are read once more.
 
 Memory is bounded by the number of readers times the size of a read, whatever the checkpoint's size.
 """
@@ -24,11 +26,15 @@ from dcp_resume.format.data_file import ChunkHeader, parse_header
 from dcp_resume.planning.plans import unpad_box
 from dcp_resume.session.load import Located
 from dcp_resume.session.opening import OpenedCheckpoint, check_files, open_checkpoint
+from dcp_resume.session.stored_tensors import prove_stored_tensors
+from dcp_resume.session.tensor_digests import Prove, can_have_digest
 from dcp_resume.storage import ByteRange, ObjectStore, RangeRead
 
-__all__ = ["Verification", "verify_checkpoint"]
+__all__ = ["UNRECORDED", "Verification", "verify_checkpoint"]
 
 NUM_READERS = 4
+UNRECORDED = "unrecorded"
+"""Kind of the problem that tensors were to be proved, and the save recorded no digest."""
 
 Progress = Callable[[int, int], None]
 """Called with bytes verified and bytes in all, from any thread, one call at a time."""
@@ -48,6 +54,8 @@ class Verification:
     """Blocks that were read and compared."""
     num_bytes: int
     """Bytes that were read and compared."""
+    num_tensors: int
+    """Tensors whose recorded digest was computed anew."""
     problems: tuple[Problem, ...]
     duration_s: float
 
@@ -62,6 +70,7 @@ def verify_checkpoint(
     located: Located,
     *,
     num_readers: int = NUM_READERS,
+    prove: Prove = Prove.BLOCKS,
     progress: Progress = lambda done, total: None,
 ) -> Verification:
     """Verify documents, and every byte of every data file. Faults are returned, not raised.
@@ -75,10 +84,12 @@ def verify_checkpoint(
     except InvalidCheckpoint as error:
         problems = error.problems or (Problem(located.prefix, "document", str(error)),)
         duration_s = time.monotonic() - started
-        return Verification(located.prefix, located.seq, None, 0, 0, 0, problems, duration_s)
+        return Verification(located.prefix, located.seq, None, 0, 0, 0, 0, problems, duration_s)
     check = _Check(store, opened, progress)
     check.list_files()
     check.read_all(num_readers)
+    if prove is Prove.TENSORS and not check.problems:  # of damaged blocks, digests say nothing more
+        check.prove_tensors()
     return Verification(
         prefix=located.prefix,
         seq=located.seq,
@@ -86,6 +97,7 @@ def verify_checkpoint(
         num_files=len(opened.catalog.files),
         num_blocks=check.num_blocks,
         num_bytes=check.num_bytes,
+        num_tensors=check.num_tensors,
         problems=tuple(sorted(check.problems)),
         duration_s=time.monotonic() - started,
     )
@@ -116,6 +128,7 @@ class _Check:
         self.problems: list[Problem] = []
         self.num_blocks = 0
         self.num_bytes = 0
+        self.num_tensors = 0
 
     def list_files(self) -> None:
         try:
@@ -123,6 +136,21 @@ class _Check:
         except InvalidCheckpoint as error:
             self.problems += error.problems
             self._passed_over = {p.where for p in error.problems if p.kind == "missing"}
+
+    def prove_tensors(self) -> None:
+        done = 0
+
+        def advance(num_bytes: int) -> None:
+            nonlocal done
+            done += num_bytes
+            self._progress(done, self._total)
+
+        opened = self._opened
+        self.num_tensors, self.problems = prove_stored_tensors(self._store, opened, advance)
+        if not self.num_tensors and any(map(can_have_digest, opened.catalog.tensors)):
+            message = "no tensor has a recorded digest; save with TensorDigests.RECORD"
+            key = opened.prefix + opened.manifest.catalog.key
+            self.problems.append(Problem(key, UNRECORDED, message))
 
     def read_all(self, num_readers: int) -> None:
         running: set[Future[None]] = set()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Protocol
 
 import numpy as np
@@ -12,22 +12,58 @@ import torch
 
 from dcp_resume.format.columns import pack_columns, unpack_columns
 from dcp_resume.format.data_file import ChunkHeader, header_bytes
-from dcp_resume.format.digests import block_bounds, digest_blocks
+from dcp_resume.format.digests import DIGEST_BYTES, block_bounds, digest_blocks
+from dcp_resume.format.dtypes import ITEMSIZES
+from dcp_resume.format.position_digest import PositionDigest
+from dcp_resume.manifest.boxes import Box
 from dcp_resume.planning.held import HeldTensor
+from dcp_resume.planning.padding import logical_shape
 from dcp_resume.planning.plans import RankPlan, unpad_box
 from dcp_resume.session.staging import BufferPool, StagedFile, borrow_chunks, stage_chunks
+from dcp_resume.session.tensor_digests import TensorDigests, digest_row_major
 from dcp_resume.storage import ObjectStore
 
-__all__ = ["ChunkSource", "RankReport", "RankSource", "StagedRank", "stage_rank", "write_rank"]
+__all__ = [
+    "ChunkSource",
+    "PlacedChunk",
+    "RankReport",
+    "RankSource",
+    "StagedRank",
+    "file_report",
+    "stage_rank",
+    "write_rank",
+]
 
 _REPORT_MAGIC = b"DCPRREPT"
+
+
+def _no_sums() -> npt.NDArray[np.uint64]:
+    """The sums of no chunk."""
+    return np.zeros((0, 2), np.uint64)
+
+
+@dataclass(frozen=True, slots=True)
+class PlacedChunk:
+    """One planned chunk, without its bytes: its line of the header, and what it is cut from."""
+
+    line: ChunkHeader
+    shape: tuple[int, ...] | None = None
+    """Of the tensor that it is cut from, without padding; None where it is no part of one that the
+    ranks share: packed values, a rank's own tensor."""
+
+    def digest(self, data: memoryview) -> PositionDigest:
+        """Its part of the tensor's digest, that of no element where there is no such tensor."""
+        if self.shape is None:
+            return PositionDigest()
+        box = Box(self.line.offsets, self.line.sizes)
+        return digest_row_major(data, ITEMSIZES[self.line.dtype], box, self.shape)
 
 
 class ChunkSource(Protocol):
     """Where a rank's plan finds its bytes."""
 
-    def chunk(self, plan: RankPlan, row: int, key: str) -> tuple[torch.Tensor, ChunkHeader]:
-        """The memory of one planned chunk, and its line in the file's header."""
+    def chunk(self, plan: RankPlan, row: int, key: str) -> tuple[torch.Tensor, PlacedChunk]:
+        """One planned chunk, which the file holds under ``key``, and its memory."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,8 +75,8 @@ class RankSource:
     per_rank_leaves: dict[str, bytes]
     """Part → packed per-rank values; their entries follow the tensors in the structure."""
 
-    def chunk(self, plan: RankPlan, row: int, key: str) -> tuple[torch.Tensor, ChunkHeader]:
-        """The memory of one planned chunk, and its line in the file's header."""
+    def chunk(self, plan: RankPlan, row: int, key: str) -> tuple[torch.Tensor, PlacedChunk]:
+        """One planned chunk, which the file holds under ``key``, and its memory."""
         local = int(plan.tensor[row])
         if local < 0:
             return _leaves_chunk(plan, row, key, plan.inline[key])
@@ -52,16 +88,18 @@ class RankSource:
         is_stacked = entry.kind == "per_rank"
         ndim = len(entry.global_shape) + is_stacked
         box = unpad_box(plan.offsets[row], plan.sizes[row], ndim)
-        view = held.pieces[0].memory.unsqueeze(0) if is_stacked else held.view(box)
-        return view, ChunkHeader(key, entry.dtype, box.sizes, box.offsets)
+        line = ChunkHeader(key, entry.dtype, box.sizes, box.offsets)
+        if is_stacked:
+            return held.pieces[0].memory.unsqueeze(0), PlacedChunk(line)
+        return held.view(box), PlacedChunk(line, logical_shape(entry))
 
 
 def _leaves_chunk(
     plan: RankPlan, row: int, key: str, data: bytes
-) -> tuple[torch.Tensor, ChunkHeader]:
+) -> tuple[torch.Tensor, PlacedChunk]:
     box = unpad_box(plan.offsets[row], plan.sizes[row], 1)
     view = torch.frombuffer(bytearray(data), dtype=torch.uint8)
-    return view, ChunkHeader(key, "uint8", box.sizes, box.offsets)
+    return view, PlacedChunk(ChunkHeader(key, "uint8", box.sizes, box.offsets))
 
 
 @dataclass(slots=True)
@@ -71,6 +109,8 @@ class StagedRank:
     names: list[str]
     headers: list[bytes]
     files: list[StagedFile]
+    chunks: list[list[PlacedChunk]]
+    """Per file, in file order."""
 
     @property
     def num_bytes(self) -> int:
@@ -94,15 +134,16 @@ def stage_rank(plan: RankPlan, source: ChunkSource, pool: BufferPool | None) -> 
     """
     keys = [key for file in plan.files for key in file.keys]
     views: list[list[torch.Tensor]] = [[] for _ in plan.files]
-    lines: list[list[ChunkHeader]] = [[] for _ in plan.files]
+    chunks: list[list[PlacedChunk]] = [[] for _ in plan.files]
     for row, (file, key) in enumerate(zip(plan.file.tolist(), keys, strict=True)):
-        view, line = source.chunk(plan, row, key)
+        view, chunk = source.chunk(plan, row, key)
         views[file].append(view)
-        lines[file].append(line)
+        chunks[file].append(chunk)
     return StagedRank(
         names=[file.name for file in plan.files],
-        headers=[header_bytes(headers) for headers in lines],
+        headers=[header_bytes([chunk.line for chunk in own]) for own in chunks],
         files=[borrow_chunks(v) if pool is None else stage_chunks(v, pool) for v in views],
+        chunks=chunks,
     )
 
 
@@ -118,6 +159,9 @@ class RankReport:
     """``[files]``"""
     digests: npt.NDArray[np.uint8]
     """``[blocks, 16]``, file by file."""
+    position_sums: npt.NDArray[np.uint64] = field(default_factory=_no_sums)
+    """``[chunks, 2]`` each chunk's part of its tensor's digest, file by file; no rows where tensor
+    digests are not recorded."""
 
     def to_bytes(self) -> bytes:
         """Serialise for the coordinator."""
@@ -128,6 +172,7 @@ class RankReport:
                 "header_sizes": self.header_sizes,
                 "num_blocks": self.num_blocks,
                 "digests": self.digests.reshape(-1),
+                "position_sums": self.position_sums,
             },
             {},
         )
@@ -144,6 +189,7 @@ class RankReport:
             "header_sizes": ("i8", ()),
             "num_blocks": ("i8", ()),
             "digests": ("u1", ()),
+            "position_sums": ("u8", (2,)),
         }
         _, columns = unpack_columns(_REPORT_MAGIC, data, "rank report", schema)
         return cls(
@@ -151,30 +197,66 @@ class RankReport:
             header_sizes=columns["header_sizes"],
             num_blocks=columns["num_blocks"],
             digests=columns["digests"].reshape(-1, 16),
+            position_sums=columns["position_sums"],
+        )
+
+    @classmethod
+    def joined(cls, reports: Sequence[RankReport]) -> RankReport:
+        """One report of the files of several, in their order."""
+        none = np.zeros(0, np.int64)
+        return cls(
+            sizes=np.concatenate([none, *(r.sizes for r in reports)]),
+            header_sizes=np.concatenate([none, *(r.header_sizes for r in reports)]),
+            num_blocks=np.concatenate([none, *(r.num_blocks for r in reports)]),
+            digests=np.concatenate([np.zeros((0, 16), np.uint8), *(r.digests for r in reports)]),
+            position_sums=np.concatenate([_no_sums(), *(r.position_sums for r in reports)]),
         )
 
 
-def write_rank(staged: StagedRank, store: ObjectStore, prefix: str, block_size: int) -> RankReport:
+def write_rank(
+    staged: StagedRank,
+    store: ObjectStore,
+    prefix: str,
+    block_size: int,
+    tensor_digests: TensorDigests = TensorDigests.OMIT,
+) -> RankReport:
     """Write a rank's data files, and give their buffers back.
 
     Raises:
         StorageError: The store refused a file; those already written stay, as litter of an attempt
             that never commits.
     """
-    sizes: list[int] = []
-    blocks: list[int] = []
-    digests: list[bytes] = []
-    for name, header, file in zip(staged.names, staged.headers, staged.files, strict=True):
+    reports: list[RankReport] = []
+    for name, header, file, chunks in zip(
+        staged.names, staged.headers, staged.files, staged.chunks, strict=True
+    ):
         bounds = block_bounds(len(header), np.asarray(file.lengths, np.int64), block_size)
         buffers = [memoryview(header), *file.buffers]
         digest = digest_blocks(bounds, buffers)
-        sizes.append(store.write(prefix + name, buffers))
-        blocks.append(len(digest) // 16)
-        digests.append(digest)
+        sums: list[PositionDigest] = []
+        if tensor_digests is TensorDigests.RECORD:
+            sums = [c.digest(data) for c, data in zip(chunks, file.chunks(), strict=True)]
+        size = store.write(prefix + name, buffers)
+        reports.append(file_report(size, len(header), digest, sums))
         file.release()
+    return RankReport.joined(reports)
+
+
+def file_report(
+    size: int, header_size: int, digests: bytes, sums: Sequence[PositionDigest]
+) -> RankReport:
+    """The report of one written file.
+
+    Args:
+        size: Bytes of the file.
+        header_size: Bytes before the first chunk.
+        digests: Of its blocks, 16 bytes each.
+        sums: Per chunk its part of the tensor's digest; none where they are not recorded.
+    """
     return RankReport(
-        sizes=np.asarray(sizes, np.int64),
-        header_sizes=np.asarray([len(header) for header in staged.headers], np.int64),
-        num_blocks=np.asarray(blocks, np.int64),
-        digests=np.frombuffer(b"".join(digests), np.uint8).reshape(-1, 16),
+        sizes=np.asarray([size], np.int64),
+        header_sizes=np.asarray([header_size], np.int64),
+        num_blocks=np.asarray([len(digests) // DIGEST_BYTES], np.int64),
+        digests=np.frombuffer(digests, np.uint8).reshape(-1, DIGEST_BYTES),
+        position_sums=np.asarray([(s.total, s.squares) for s in sums], np.uint64).reshape(-1, 2),
     )

@@ -53,7 +53,7 @@ def buffer_of(slot: str, place: MeshPlace) -> torch.Tensor:
     return torch.cat([flat, padding]).chunk(dp.count)[dp.coordinate].clone()
 
 
-def manager(root: str, place: MeshPlace) -> CheckpointManager:
+def declarations_at(place: MeshPlace) -> Declarations:
     members = tuple(
         Member(name, tuple(local(name, whole(name, "master"), place).shape)) for name in SHAPES
     )
@@ -62,7 +62,11 @@ def manager(root: str, place: MeshPlace) -> CheckpointManager:
     }
     layouts |= {f"*{name}*": Split({"tp": dim}) for name, dim in DIMS.items() if dim == 1}
     layouts |= {"*qkv.weight*": Split({"tp": 0}, PACKED), "*norm.bias*": Split({})}
-    declared = Declarations(mesh=place, layouts=layouts)
+    return Declarations(mesh=place, layouts=layouts)
+
+
+def manager(root: str, place: MeshPlace) -> CheckpointManager:
+    declared = declarations_at(place)
     return CheckpointManager(
         root, Settings(mode=SaveMode.BLOCKING, deadline_s=60, declarations=declared)
     )

@@ -1,0 +1,58 @@
+"""Boxes of a checkpoint that go by in windows of bounded memory."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+
+from dcp_resume.manifest.boxes import Box
+from dcp_resume.planning.pieces import cut_box
+from dcp_resume.session.targets import Target
+
+__all__ = ["StoredBox", "Window", "cut_windows"]
+
+
+@dataclass(frozen=True, slots=True)
+class StoredBox:
+    """A box of a stored tensor."""
+
+    fqn: str
+    box: Box
+    itemsize: int
+    """Bytes of an element."""
+
+
+@dataclass(slots=True)
+class Window:
+    """Pieces of boxes that fill the memory one behind the other, once they are read."""
+
+    targets: list[Target] = field(default_factory=list)
+    numbers: list[int] = field(default_factory=list)
+    """Per target the position of its box among those asked for."""
+    num_bytes: int = 0
+
+
+def cut_windows(wanted: Iterable[StoredBox], memory: memoryview) -> Iterator[Window]:
+    """Cut boxes into windows that fit the memory; all use the same one, in turn.
+
+    Bytes come in the order of the boxes, row-major in each.
+
+    Args:
+        wanted: Boxes; empty ones are passed over.
+        memory: Holds at least one element.
+    """
+    window = Window()
+    for number, stored in enumerate(wanted):
+        for box in cut_box(stored.box, len(memory) // stored.itemsize):
+            length = box.volume * stored.itemsize
+            if window.num_bytes + length > len(memory):
+                yield window
+                window = Window()
+            start = window.num_bytes
+            if length:
+                place = memory[start : start + length]
+                window.targets.append(Target(stored.fqn, box, place, None, None))
+                window.numbers.append(number)
+                window.num_bytes += length
+    if window.num_bytes:
+        yield window
