@@ -36,6 +36,7 @@ from torch.optim.lr_scheduler import LambdaLR
 
 from dcp_resume import (
     CheckpointManager,
+    Declarations,
     OptimizerState,
     RngState,
     SaveMode,
@@ -132,6 +133,9 @@ def open_run(args: argparse.Namespace, model: ParallelModel, url: str) -> Checkp
         mode=SaveMode(args.save_mode),
         storage_options=dict(args.storage_option),
         deadline_s=args.deadline,
+        declarations=Declarations(
+            ties={f"model.{name}": f"model.{first}" for name, first in model.ties.items()}
+        ),
     )
     facts = {**model.config.facts(), "lora_rank": args.lora_rank, "lora_alpha": args.lora_alpha}
     return CheckpointManager(
@@ -194,8 +198,7 @@ def make_model(args: argparse.Namespace) -> ParallelModel:
 def initial_weights(args: argparse.Namespace, model: ParallelModel) -> Weights:
     """Random numbers, or those of a published model; adapters are random either way."""
     config = model_of(args)
-    tied = model.stages[0].input_embedding if model.stages[0].is_tied else "lm_head.weight"
-    made = RandomWeights(args.seed, config.n_layer, tied)
+    made = RandomWeights(args.seed, config.n_layer, model.ties)
     given: Weights = made
     if args.llmc_filepath:
         given = LlmcWeights(args.llmc_filepath, config)
