@@ -17,7 +17,7 @@ import train
 from flags import parse_flags
 from torch.distributed.tensor import DTensor
 
-__all__ = ["TINY", "digests_after", "losses_of", "train_rank", "whole"]
+__all__ = ["TINY", "digest_of", "digests_after", "losses_of", "train_rank", "whole"]
 
 TINY = "--sequence_length 16 --batch_size 2 --total_batch_size 64 --warmup 5"
 
