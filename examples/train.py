@@ -17,6 +17,7 @@ import json
 import logging
 import os
 import signal
+import sys
 import time
 import warnings
 from collections.abc import Iterator, Mapping
@@ -310,10 +311,20 @@ def main() -> None:
     if dist.get_rank() == 0:  # says how long each save took
         logging.basicConfig(format="%(message)s")
         logging.getLogger("dcp_resume").setLevel(logging.INFO)
+    signal.signal(signal.SIGINT, interrupt)
     try:
         train(args)
+    except KeyboardInterrupt:  # the running save, if any, has ended by now
+        say(f"interrupted; --load {args.save} goes on" if args.save else "interrupted")
+        sys.exit(128 + signal.SIGINT)
     finally:
         dist.destroy_process_group()
+
+
+def interrupt(*_: object) -> None:
+    """A Ctrl-C comes twice: from the terminal and from torchrun. The second must not cut a save."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    raise KeyboardInterrupt
 
 
 def make_exact() -> None:

@@ -1,4 +1,4 @@
-"""Published weights give the published model's logits, on one rank, on four, and by the flags.
+"""INFINITRAIN 34: published weights give the published model's logits, on one rank and on four.
 
 The reference is a computation of its own, from the tensors and names of the files.
 """
