@@ -21,6 +21,7 @@ import sys
 import time
 import warnings
 from collections.abc import Iterator, Mapping
+from dataclasses import asdict
 from typing import Any
 
 import lora
@@ -140,7 +141,11 @@ def open_run(args: argparse.Namespace, model: ParallelModel, url: str) -> Checkp
     )
     facts = {**model.config.facts(), "lora_rank": args.lora_rank, "lora_alpha": args.lora_alpha}
     return CheckpointManager(
-        url, settings, model_facts=facts, precision_facts={"compute_dtype": args.dtype}
+        url,
+        settings,
+        model_facts=facts,
+        precision_facts={"compute_dtype": args.dtype},
+        notes=asdict(model.layout),
     )
 
 

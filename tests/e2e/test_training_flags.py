@@ -44,7 +44,9 @@ def test_without_optimizer_state_no_byte_of_it_is_saved_and_k_checkpoints_are_ke
     all_parts = parts_of(documents(tmp_path / "all", "catalog.json")[5])
     for catalog in catalogs.values():
         assert parts_of(catalog) == all_parts - {"optim"} != all_parts
-    assert "optim" not in documents(tmp_path / "weights", "manifest.json")[5]["parts"]
+    manifest = documents(tmp_path / "weights", "manifest.json")[5]
+    assert "optim" not in manifest["parts"]
+    assert manifest["notes"]["virtual_pipeline_parallel"] == 1
 
     loading = f"{TINY} --num_iteration 5 --load {tmp_path}"
     (refused,) = ranks.outcomes(digests_after, 1, f"{loading}/weights")
