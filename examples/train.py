@@ -320,7 +320,7 @@ def main() -> None:
     try:
         train(args)
     except KeyboardInterrupt:  # the running save, if any, has ended by now
-        say(f"interrupted; --load {args.save} goes on" if args.save else "interrupted")
+        say(f"interrupted; go on with --load {args.save}" if args.save else "interrupted")
         sys.exit(128 + signal.SIGINT)
     finally:
         dist.destroy_process_group()
