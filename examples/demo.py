@@ -3,15 +3,16 @@
     python examples/demo.py                # on a local directory
     python examples/demo.py --storage s3   # on a real S3 server, started for the demo
 
-Five torchrun jobs of ``train_gpt.py``:
+Five torchrun jobs of ``train.py``, with its GPT-2:
 
-1. the reference: four ranks (two tensor-parallel × two data-parallel), never interrupted;
+1. the reference: four ranks (two tensor-parallel × two FSDP), never interrupted, nothing saved;
 2. the same, saved at an interval; all ranks get SIGKILL in the middle of a save;
-3. resumed on two data-parallel ranks;
-4. resumed on two pipeline stages;
+3. resumed on two FSDP ranks, saving nothing;
+4. resumed on two pipeline stages, likewise;
 5. resumed on the four ranks, saving on.
 
-The resumed losses of 5 must equal those of 1 bit for bit, or the demo fails.
+The demo fails unless the losses of 5 equal those of 1 bit for bit, and those of 3 and 4 differ from
+them by rounding only.
 """
 
 from __future__ import annotations
@@ -32,9 +33,24 @@ from typing import IO, Any
 
 from s3_server import S3Server
 
-TRAINER = Path(__file__).with_name("train_gpt.py")
-FOUR_RANKS = ("--tp", "2", "--dp-shard", "2")
+TRAINER = Path(__file__).with_name("train.py")
+ROUNDING = 1e-5
+"""Another mesh adds the same numbers in another order: the last bits of a float32 near 5 differ."""
 Losses = dict[int, float]
+
+
+@dataclass(frozen=True, slots=True)
+class Layout:
+    """Ranks of a job, and how they share the model."""
+
+    name: str
+    num_ranks: int
+    flags: tuple[str, ...]
+
+
+FOUR_RANKS = Layout("TP2 x FSDP2", 4, ("--tensor_parallel", "2", "--data_parallel", "fsdp"))
+TWO_RANKS = Layout("FSDP2", 2, ("--data_parallel", "fsdp"))
+TWO_STAGES = Layout("PP2", 2, ("--pipeline_parallel", "2"))
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,9 +58,8 @@ class Job:
     """One torchrun job of the demo."""
 
     name: str
-    num_ranks: int
-    layout: tuple[str, ...]
-    options: tuple[str, ...]
+    layout: Layout
+    flags: tuple[str, ...]
     num_steps: int
     """Steps it will log, for the progress bar."""
     is_killed: bool = False
@@ -54,7 +69,7 @@ class JobFailed(Exception):
     """A job did not end as it should; the message holds the end of what its ranks said."""
 
 
-def run_job(job: Job, url: str, directory: Path) -> Losses:
+def run_job(job: Job, directory: Path) -> Losses:
     """Run a job to its end, and read the losses it logged.
 
     Raises:
@@ -62,8 +77,8 @@ def run_job(job: Job, url: str, directory: Path) -> Losses:
     """
     log, output = directory / f"{job.name}.losses.jsonl", directory / f"{job.name}.out"
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-    command += [f"--nproc-per-node={job.num_ranks}", "--shutdown-timeout=5", str(TRAINER), url]
-    command += [*job.layout, *job.options, "--losses", str(log)]
+    command += [f"--nproc-per-node={job.layout.num_ranks}", "--shutdown-timeout=5", str(TRAINER)]
+    command += [*job.layout.flags, *job.flags, "--losses", str(log)]
     with output.open("wb") as lines, torchrun(command, lines) as process, progress(job) as show:
         while process.poll() is None:
             show(len(read_losses(log)))
@@ -105,7 +120,7 @@ def read_losses(log: Path) -> Losses:
 @contextlib.contextmanager
 def progress(job: Job) -> Iterator[Callable[[int], object]]:
     """A bar on stderr, or plain lines where rich is not installed."""
-    text = f"{job.name} ({job.num_ranks} ranks: {layout_name(job)})"
+    text = f"{job.name} ({job.layout.num_ranks} ranks: {job.layout.name})"
     if importlib.util.find_spec("rich") is None:
         started = time.monotonic()
         print(f"{text} …", file=sys.stderr, flush=True)
@@ -121,24 +136,18 @@ def progress(job: Job) -> Iterator[Callable[[int], object]]:
         yield lambda done: bars.update(task, completed=min(done, job.num_steps))
 
 
-def layout_name(job: Job) -> str:
-    names = {"--tp": "TP", "--dp-shard": "DP", "--dp-replicate": "DP", "--pp": "PP"}
-    pairs = zip(job.layout[::2], job.layout[1::2], strict=True)
-    return " x ".join(f"{names[flag]}{size}" for flag, size in pairs)
-
-
-def make_jobs(steps: int, interval: int, killed_at: int) -> list[Job]:
-    every = ("--steps", str(steps), "--save-interval")
-    never = (*every, "0")
-    saving = (*every, str(interval))
+def make_jobs(url: str, steps: int, interval: int, killed_at: int) -> list[Job]:
+    end = ("--num_iteration", str(steps))
+    save = (*end, "--save", url, "--save_interval", str(interval))
+    load = ("--load", url)
+    kill = ("--preempt_at", str(killed_at))
     left = steps - (killed_at - interval)
-    kill = ("--preempt-at", str(killed_at))
     return [
-        Job("uninterrupted", 4, FOUR_RANKS, (*never, "--resume", "none"), steps),
-        Job("killed in a save", 4, FOUR_RANKS, (*saving, *kill), killed_at, is_killed=True),
-        Job("resumed on 2 ranks", 2, ("--dp-shard", "2"), never, left),
-        Job("resumed on 2 stages", 2, ("--pp", "2"), never, left),
-        Job("resumed on 4 ranks", 4, FOUR_RANKS, saving, left),
+        Job("uninterrupted", FOUR_RANKS, end, steps),
+        Job("killed in a save", FOUR_RANKS, (*save, *kill), killed_at, is_killed=True),
+        Job("resumed on 2 ranks", TWO_RANKS, (*end, *load), left),
+        Job("resumed on 2 stages", TWO_STAGES, (*end, *load), left),
+        Job("resumed on 4 ranks", FOUR_RANKS, (*save, *load), left),
     ]
 
 
@@ -148,11 +157,11 @@ def run_demo(args: argparse.Namespace, url: str, directory: Path) -> dict[str, A
     from dcp_resume import CheckpointManager, open_store
 
     killed_at = (args.steps - 1) // args.save_interval * args.save_interval
-    jobs = make_jobs(args.steps, args.save_interval, killed_at)
+    jobs = make_jobs(url, args.steps, args.save_interval, killed_at)
     losses: dict[str, Losses] = {}
     torn_files: list[str] = []
     for job in jobs:
-        losses[job.name] = run_job(job, url, directory)
+        losses[job.name] = run_job(job, directory)
         if job.is_killed:
             with contextlib.closing(open_store(url)) as store:
                 torn_files = [info.key for info in store.list(f"step-{killed_at:08d}/")]
@@ -187,9 +196,10 @@ def print_report(facts: dict[str, Any]) -> None:
         "resumed on 2 ranks": losses["resumed on 2 ranks"],
         "resumed on 2 stages": losses["resumed on 2 stages"],
     }
-    layouts = "".join(f"{name:<24}" for name in ("TP2 x DP2", "DP2", "PP2")).rstrip()
+    meshes = [layout.name for layout in (FOUR_RANKS, FOUR_RANKS, TWO_RANKS, TWO_STAGES)]
+    layouts = "".join(f"{name:<24}" for name in meshes[1:]).rstrip()
     print(f"\nstep  {'uninterrupted':<16}" + "".join(f"{name:<24}" for name in columns).rstrip())
-    print(f"      {'TP2 x DP2':<16}{layouts}")
+    print(f"      {meshes[0]:<16}{layouts}")
     for step in range(max(1, source - 1), facts["steps"] + 1):
         cells = [compared(column.get(step), reference[step]) for column in columns.values()]
         row = "".join(f"{cell:<24}" for cell in cells)
@@ -200,7 +210,8 @@ def print_report(facts: dict[str, Any]) -> None:
     equal = "bit for bit equal to" if facts["is_bit_equal"] else "NOT EQUAL to"
     print(f"Same mesh: the losses are {equal} the uninterrupted run's.")
     for name, difference in facts["max_difference"].items():
-        print(f"Other mesh, {name}: largest difference {difference:.1e}.")
+        cause = "rounding, no more" if difference < ROUNDING else "NOT ROUNDING"
+        print(f"Other mesh, {name}: largest difference {difference:.1e}, {cause}.")
     torn = len(facts["files_of_the_killed_save"])
     print(f"The killed save of step {killed_at} left {torn} files and no commit; no load saw them.")
 
@@ -223,8 +234,8 @@ def parse_arguments() -> argparse.Namespace:
     )
     parser.add_argument("--storage", choices=["local", "s3"], default="local")
     parser.add_argument("--directory", type=Path, default=Path("demo-run"), help="where to work")
-    parser.add_argument("--steps", type=int, default=40)
-    parser.add_argument("--save-interval", type=int, default=10)
+    parser.add_argument("--steps", type=int, default=24)
+    parser.add_argument("--save-interval", type=int, default=6)
     parser.add_argument("--json", action="store_true", help="print the facts as JSON instead")
     args = parser.parse_args()
     if not 0 < 2 * args.save_interval < args.steps:
@@ -254,7 +265,8 @@ def main() -> int:
             print_report(facts)
             list_checkpoints(url)
             print(f"\n{time.monotonic() - started:.0f} s. What the ranks said: {directory}/*.out")
-    return 0 if facts["is_bit_equal"] else 1
+    is_rounding = all(difference < ROUNDING for difference in facts["max_difference"].values())
+    return 0 if facts["is_bit_equal"] and is_rounding else 1
 
 
 if __name__ == "__main__":

@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import math
 import zlib
+from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
@@ -30,11 +31,11 @@ class RandomWeights:
     Args:
         seed: Of the run.
         n_layer: Layers of the model: what each adds to the residual path is scaled down by it.
-        tied: The name whose numbers ``lm_head.weight`` shares, or its own.
+        ties: Name of a parameter → name of the one that it is.
     """
 
-    def __init__(self, seed: int, n_layer: int, tied: str = "lm_head.weight") -> None:
-        self._seed, self._n_layer, self._tied = seed, n_layer, tied
+    def __init__(self, seed: int, n_layer: int, ties: Mapping[str, str]) -> None:
+        self._seed, self._n_layer, self._ties = seed, n_layer, ties
 
     def __call__(self, name: str, shape: torch.Size) -> Tensor:
         """Zeros for biases, ones for norms, else a normal distribution."""
@@ -45,7 +46,7 @@ class RandomWeights:
         std = 0.02
         if name.endswith((".c_proj.weight", ".o_proj.weight", ".down_proj.weight")):
             std /= math.sqrt(2 * self._n_layer)
-        source = self._tied if name == "lm_head.weight" else name
+        source = self._ties.get(name, name)
         generator = torch.Generator().manual_seed(zlib.crc32(f"{self._seed}/{source}".encode()))
         return torch.empty(shape).normal_(std=std, generator=generator)
 

@@ -135,6 +135,12 @@ class ParallelModel:
         """Ranks that get batches of their own."""
         return self.mesh["dp_replicate"].size() * self.mesh["dp_shard"].size()
 
+    @property
+    def ties(self) -> dict[str, str]:
+        """Name of a parameter → name of the one that it is, also where two stages hold one each."""
+        stage = self.stages[0]
+        return {stage.output_head: stage.input_embedding} if stage.is_tied else {}
+
     def random_stream(self) -> tuple[int, int]:
         """Which stream of random numbers this rank draws dropout from, and of how many.
 

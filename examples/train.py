@@ -17,9 +17,11 @@ import json
 import logging
 import os
 import signal
+import sys
 import time
 import warnings
 from collections.abc import Iterator, Mapping
+from dataclasses import asdict
 from typing import Any
 
 import lora
@@ -36,6 +38,7 @@ from torch.optim.lr_scheduler import LambdaLR
 
 from dcp_resume import (
     CheckpointManager,
+    Declarations,
     OptimizerState,
     RngState,
     SaveMode,
@@ -132,10 +135,17 @@ def open_run(args: argparse.Namespace, model: ParallelModel, url: str) -> Checkp
         mode=SaveMode(args.save_mode),
         storage_options=dict(args.storage_option),
         deadline_s=args.deadline,
+        declarations=Declarations(
+            ties={f"model.{name}": f"model.{first}" for name, first in model.ties.items()}
+        ),
     )
     facts = {**model.config.facts(), "lora_rank": args.lora_rank, "lora_alpha": args.lora_alpha}
     return CheckpointManager(
-        url, settings, model_facts=facts, precision_facts={"compute_dtype": args.dtype}
+        url,
+        settings,
+        model_facts=facts,
+        precision_facts={"compute_dtype": args.dtype},
+        notes=asdict(model.layout),
     )
 
 
@@ -194,8 +204,7 @@ def make_model(args: argparse.Namespace) -> ParallelModel:
 def initial_weights(args: argparse.Namespace, model: ParallelModel) -> Weights:
     """Random numbers, or those of a published model; adapters are random either way."""
     config = model_of(args)
-    tied = model.stages[0].input_embedding if model.stages[0].is_tied else "lm_head.weight"
-    made = RandomWeights(args.seed, config.n_layer, tied)
+    made = RandomWeights(args.seed, config.n_layer, model.ties)
     given: Weights = made
     if args.llmc_filepath:
         given = LlmcWeights(args.llmc_filepath, config)
@@ -307,10 +316,20 @@ def main() -> None:
     if dist.get_rank() == 0:  # says how long each save took
         logging.basicConfig(format="%(message)s")
         logging.getLogger("dcp_resume").setLevel(logging.INFO)
+    signal.signal(signal.SIGINT, interrupt)
     try:
         train(args)
+    except KeyboardInterrupt:  # the running save, if any, has ended by now
+        say(f"interrupted; go on with --load {args.save}" if args.save else "interrupted")
+        sys.exit(128 + signal.SIGINT)
     finally:
         dist.destroy_process_group()
+
+
+def interrupt(*_: object) -> None:
+    """A Ctrl-C comes twice: from the terminal and from torchrun. The second must not cut a save."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    raise KeyboardInterrupt
 
 
 def make_exact() -> None:

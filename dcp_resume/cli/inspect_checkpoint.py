@@ -104,6 +104,8 @@ def _lines(manifest: Manifest) -> Iterator[tuple[str, str]]:
         yield "lr", ", ".join(f"{lr:g}" for lr in trainer.last_lr)
     for name, value in trainer.metrics.items():
         yield name, f"{value:g}"
+    for name, value in manifest.notes.items():
+        yield "note", f"{name}: {value!r}"
     software = manifest.software
     yield (
         "written by",

@@ -72,6 +72,7 @@ class CheckpointManager:
         data_facts: Likewise of the data: which corpus, how it is batched.
         precision_facts: Likewise of number formats, such as the autocast dtype; a difference is a
             warning.
+        notes: What ``inspect`` shows of the job that saved, such as parallel sizes; never compared.
 
     Raises:
         ConfigurationError: The URL's scheme is unknown.
@@ -85,11 +86,13 @@ class CheckpointManager:
         model_facts: Mapping[str, Any] = MappingProxyType({}),
         data_facts: Mapping[str, Any] = MappingProxyType({}),
         precision_facts: Mapping[str, Any] = MappingProxyType({}),
+        notes: Mapping[str, Any] = MappingProxyType({}),
     ) -> None:
         self.settings = settings or Settings()
         self._model_facts = dict(model_facts)
         self._data_facts = dict(data_facts)
         self._precision_facts = dict(precision_facts)
+        self._notes = dict(notes)
         self._store = open_store(
             os.fspath(url),
             storage_options=self.settings.storage_options,
@@ -362,6 +365,7 @@ class CheckpointManager:
             optimizer=optimizer_facts(state),
             data=self._data_facts,
             precision={**precision_facts(), **self._precision_facts},
+            notes=self._notes,
         )
 
     def _finish(self, session: SaveSession, step: int) -> SaveResult:

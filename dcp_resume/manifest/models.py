@@ -220,6 +220,8 @@ class Manifest(Document):
     """Which data and how it is batched, for the drift report."""
     precision: dict[str, Tagged] = Field(default_factory=dict)
     """Settings that change how sums round, for the drift report."""
+    notes: dict[str, Tagged] = Field(default_factory=dict)
+    """What the trainer says of the job that saved; shown, never compared."""
     software: Software
     leaves: tuple[LeafEntry, ...] = Field(default=(), strict=False)
     """Replicated non-tensor leaves, where they fit in 64 KiB together."""

@@ -64,6 +64,8 @@ class Facts:
     """Part → type and options of the optimizer whose state the part holds."""
     data: Mapping[str, Any] = field(default_factory=dict)
     precision: Mapping[str, Any] = field(default_factory=dict)
+    notes: Mapping[str, Any] = field(default_factory=dict)
+    """For people: shown, never compared."""
     stages: tuple[tuple[int, ...], ...] | None = None
     """Per pipeline stage the global layers it holds; None to tell by the layers' names."""
     virtual_stages: int = 1
@@ -159,6 +161,7 @@ def build_documents(
         optimizer=dict(facts.optimizer),
         data=dict(facts.data),
         precision=dict(facts.precision),
+        notes=dict(facts.notes),
         software=software(),
         leaves=tuple(
             LeafEntry(fqn=fqn, path=path, value=value)

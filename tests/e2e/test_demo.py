@@ -27,7 +27,7 @@ def test_demo(tmp_path, storage):
 
     assert facts["files_of_the_killed_save"], "the kill came before the save wrote anything"
     assert not [key for key in facts["files_of_the_killed_save"] if key.endswith("manifest.json")]
-    assert facts["checkpoints"] == [2, 4, 6, 8]
+    assert facts["checkpoints"] == [4, 6, 8]  # the newest three, as the trainer keeps
 
     # Sums in another order differ in the last bits of a float32; another state differs by far more.
     assert set(facts["max_difference"]) == {"resumed on 2 ranks", "resumed on 2 stages"}

@@ -2,46 +2,42 @@
 
 from __future__ import annotations
 
-import json
-
 import pytest
 import torch
-from torch.distributed.tensor import DTensor
 
-from tests.support.training import train_rank
+from tests.support.training import TINY, losses_of, train_rank, whole
 
 pytestmark = pytest.mark.ranks
 
-TINY = "--sequence_length 16 --batch_size 2 --total_batch_size 64 --learning_rate 0.01 --warmup 0"
 SPLIT = "--tensor_parallel 2 --sequence_parallel"
-LORA = f"{TINY} --lora_rank 4"
+LORA = f"{TINY} --lora_rank 4 --learning_rate 0.01 --warmup 0"
 
 
 def trained(command):
-    """Name → whole tensor after the training, and the trainer's step."""
+    """Name → whole tensor after the training, and how many of them the optimizer has."""
     trainer = train_rank(command)
-    whole = {
-        name: (tensor.full_tensor() if isinstance(tensor, DTensor) else tensor).detach()
+    tensors = {
+        name: whole(parameter)
         for stage in trainer.model.stages
-        for name, tensor in stage.named_parameters()
+        for name, parameter in stage.named_parameters()
     }
-    return whole, len([*trainer.optimizers[0].param_groups[0]["params"]])
+    return tensors, len(trainer.optimizers[0].param_groups[0]["params"])
 
 
 def lora_is_resumed(directory, layout):
     start, _ = trained(f"{LORA} {layout} --num_iteration 1 --learning_rate 0")
     command = f"{LORA} {layout} --num_iteration 8"
     saving = f"--save {directory}/a --save_interval 4 --lora_save_path {directory}/adapters"
-    whole, num_trained = trained(f"{command} {saving} --losses {directory}/whole.jsonl")
+    end, num_trained = trained(f"{command} {saving} --losses {directory}/whole.jsonl")
     resumed, _ = trained(
         f"{command} --load {directory}/a --load_step 4 --losses {directory}/again.jsonl"
     )
     loaded, _ = trained(
         f"{LORA} {layout} --num_iteration 1 --learning_rate 0 --lora_load_path {directory}/adapters"
     )
-    adapters = {name for name in whole if name.endswith((".lora_A", ".lora_B"))}
+    adapters = {name for name in end if name.endswith((".lora_A", ".lora_B"))}
     assert num_trained == len(adapters) > 0
-    for name, tensor in whole.items():
+    for name, tensor in end.items():
         assert torch.equal(resumed[name], tensor), name
         assert torch.equal(loaded[name], tensor), name
         assert torch.equal(start[name], tensor) is (name not in adapters), name
@@ -51,11 +47,9 @@ def lora_is_resumed(directory, layout):
 def test_a_lora_run_resumes_bit_for_bit(ranks, tmp_path, world_size, layout):
     ranks.run(lora_is_resumed, world_size, str(tmp_path), layout)
 
-    whole, again = (
-        [json.loads(line) for line in (tmp_path / name).read_text().splitlines()]
-        for name in ("whole.jsonl", "again.jsonl")
-    )
-    assert again == whole[4:]
+    end, again = losses_of(tmp_path / "whole.jsonl"), losses_of(tmp_path / "again.jsonl")
+    assert again == {step: loss for step, loss in end.items() if step > 4}
+    assert len(end) == 8
 
 
 def test_frozen_weights_stay_frozen_where_torch_makes_them_anew(ranks, tmp_path):
@@ -64,6 +58,6 @@ def test_frozen_weights_stay_frozen_where_torch_makes_them_anew(ranks, tmp_path)
     for world_size, layout in ((1, ""), (2, SPLIT)):
         log = tmp_path / f"{world_size}.jsonl"
         ranks.run(trained, world_size, f"{LORA} {layout} --num_iteration 3 --losses {log}")
-        losses.append([json.loads(line)["loss"] for line in log.read_text().splitlines()])
+        losses.append(losses_of(log))
 
     assert losses[1] == pytest.approx(losses[0], abs=1e-5)  # rounding; a trained norm: 8e-4

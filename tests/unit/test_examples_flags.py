@@ -5,8 +5,7 @@ from __future__ import annotations
 import shlex
 
 import pytest
-
-from tests.support.training import EXAMPLES  # noqa: F401 - finds the examples
+from flags import parse_flags
 
 WRONG = {
     "--save runs/a": "--save needs --save_interval",
@@ -36,8 +35,6 @@ WRONG = {
 
 
 def refused(command, capsys):
-    from flags import parse_flags
-
     with pytest.raises(SystemExit) as caught:
         parse_flags("", shlex.split(command))
     assert caught.value.code == 2

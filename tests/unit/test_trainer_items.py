@@ -21,6 +21,7 @@ from dcp_resume import (
     TrainerState,
     errors,
 )
+from dcp_resume.cli.main import main
 from dcp_resume.session.load import LoadOptions
 
 BLOCKING = Settings(mode=SaveMode.BLOCKING)
@@ -274,6 +275,20 @@ class TestDrift:
         report = loaded(tmp_path, state, precision_facts={"autocast": "float16"}).report
         [item] = report.of(Severity.WARN)
         assert str(item) == "warn: autocast: saved 'bfloat16', now 'float16' [precision]"
+
+    def test_13_notes_are_shown_and_never_compared(self, tmp_path, capsys):
+        """INFINITRAIN 13, 20: parallel sizes, of which a load on others is no fault."""
+        state, run = {"x": torch.ones(1)}, tmp_path / "a"
+        notes = {"tensor_parallel": 2, "data_parallel": "fsdp"}
+        saved(run, 1, state, notes=notes)
+        report = loaded(run, state, notes={"tensor_parallel": 4, "data_parallel": "ddp"}).report
+        assert report.items == ()
+        assert main(["inspect", str(run)]) == 0
+        shown = capsys.readouterr().out
+        assert "note         data_parallel: 'fsdp'\nnote         tensor_parallel: 2\n" in shown
+        assert manifest_of(run)["notes"] == notes
+        assert main(["reshard", str(run), str(tmp_path / "b"), "--to", "dp=1"]) == 0
+        assert manifest_of(tmp_path / "b")["notes"] == {}  # the sizes would no longer be true
 
     def test_switches_of_torch_are_facts(self, tmp_path):
         state = {"x": torch.ones(1)}
