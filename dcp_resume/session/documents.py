@@ -16,9 +16,10 @@ import numpy.typing as npt
 import torch
 
 from dcp_resume.errors import IncompletePlan, summarise
-from dcp_resume.format.chunk_index import ChunkIndex, check_index
+from dcp_resume.format.chunk_index import ChunkIndex
 from dcp_resume.format.digests import choose_block_size, digest_bytes, digest_hex, fold
 from dcp_resume.format.dtypes import ITEMSIZES
+from dcp_resume.format.index_check import check_index
 from dcp_resume.format.position_digest import PositionDigest
 from dcp_resume.manifest.checks import checkpoint_problems
 from dcp_resume.manifest.keys import CATALOG_NAME, INDEX_NAME

@@ -22,9 +22,10 @@ from dcp_resume.errors import (
     ShortRead,
     summarise,
 )
-from dcp_resume.format.chunk_index import ChunkIndex, check_index
+from dcp_resume.format.chunk_index import ChunkIndex
 from dcp_resume.format.digests import FileBlocks, check_digest, digest_bytes
 from dcp_resume.format.dtypes import ITEMSIZES
+from dcp_resume.format.index_check import check_index
 from dcp_resume.manifest.checks import checkpoint_problems
 from dcp_resume.manifest.keys import MANIFEST_NAME
 from dcp_resume.manifest.models import Catalog, DocumentRef, Manifest, TensorEntry

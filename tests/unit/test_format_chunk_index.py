@@ -8,10 +8,11 @@ import numpy as np
 import pytest
 
 from dcp_resume.errors import InvalidDocument
-from dcp_resume.format.chunk_index import UNUSED, ChunkIndex, check_index
+from dcp_resume.format.chunk_index import UNUSED, ChunkIndex
 from dcp_resume.format.columns import pack_columns
 from dcp_resume.format.digests import BlockRule, fold
 from dcp_resume.format.dtypes import ITEMSIZES
+from dcp_resume.format.index_check import check_index
 from dcp_resume.manifest.models import Catalog, FileEntry, Manifest, TensorEntry
 
 BLOCK = 2**16
