@@ -48,7 +48,7 @@ def train_and_resume(
 @pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("model", ["gpt2", "llama3"])
-def test_30_resume_from_step_40_of_100_is_bit_equal(ranks, tmp_path, model, dtype, optimizer):
+def test_05_29_30_resume_from_step_40_of_100_is_bit_equal(ranks, tmp_path, model, dtype, optimizer):
     """INFINITRAIN 5, 28, 29, 30: with dropout, so that random numbers count too."""
     flags = ["--model", model, "--dtype", dtype, "--optimizer", optimizer]
     whole, resumed = train_and_resume(ranks, tmp_path, 1, flags, (100, 20, 40))
