@@ -17,6 +17,7 @@ from dcp_resume.errors import (
     UnsupportedFormat,
 )
 from dcp_resume.events import CheckpointSkipped, SaveFailed, emit
+from dcp_resume.manager.arrangement import num_virtual_stages
 from dcp_resume.manager.choosing import (
     Damage,
     Request,
@@ -361,6 +362,7 @@ class CheckpointManager:
             optimizer=optimizer_facts(state),
             data=self._data_facts,
             precision={**precision_facts(), **self._precision_facts},
+            virtual_stages=num_virtual_stages(state),
         )
 
     def _finish(self, session: SaveSession, step: int) -> SaveResult:

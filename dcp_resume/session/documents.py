@@ -56,6 +56,7 @@ class Facts:
     stages: tuple[tuple[int, ...], ...] | None = None
     """Per pipeline stage the global layers it holds; None to tell by the layers' names."""
     virtual_stages: int = 1
+    """Parts of the model on this rank; they are virtual stages if there are several ranks'."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -127,6 +128,7 @@ def build_documents(
     index_bytes = index.to_bytes()
     catalog = Catalog(format=FormatMark(), tensors=plan.tensors, files=files)
     catalog_bytes = encode(catalog)
+    stages = facts.stages or plan.stages
     manifest = Manifest(
         format=FormatMark(),
         run=identity.run,
@@ -139,8 +141,8 @@ def build_documents(
         topology=Topology(
             world_size=plan.world_size,
             meshes=plan.meshes,
-            stages=facts.stages or plan.stages,
-            virtual_stages=facts.virtual_stages,
+            stages=stages,
+            virtual_stages=facts.virtual_stages if stages else 1,
         ),
         trainer=facts.trainer,
         model=dict(facts.model),
