@@ -358,11 +358,11 @@ class CheckpointManager:
     def _facts(self, step: int, state: Mapping[str, Any]) -> Facts:
         return Facts(
             trainer=trainer_facts(step, state),
+            virtual_stages=num_virtual_stages(state),
             model=self._model_facts,
             optimizer=optimizer_facts(state),
             data=self._data_facts,
             precision={**precision_facts(), **self._precision_facts},
-            virtual_stages=num_virtual_stages(state),
         )
 
     def _finish(self, session: SaveSession, step: int) -> SaveResult:
