@@ -20,14 +20,12 @@ __all__ = ["arrangement_differences", "num_virtual_stages"]
 
 def num_virtual_stages(state: Mapping[str, Any]) -> int:
     """Parts of the model that this rank holds, each of which a pipeline runs by itself."""
-    return max(
-        (
-            len(value)
-            for value in state.values()
-            if isinstance(value, (list, tuple)) and all(isinstance(v, Module) for v in value)
-        ),
-        default=1,
+    parts = (
+        len(value)
+        for value in state.values()
+        if isinstance(value, (list, tuple)) and all(isinstance(part, Module) for part in value)
     )
+    return max((1, *parts))
 
 
 def arrangement_differences(
@@ -55,8 +53,8 @@ def arrangement_differences(
     if layers and tuple(sorted(layers)) not in stages:
         message = f"saved as {len(stages)} pipeline stage(s), now cut otherwise: resharded"
         yield ReportItem(Severity.OK, "topology", "topology.stages", message)
-    are_ours_apart = set(layers) < set(saved_layers)
-    num_virtual = num_virtual if are_ours_apart else 1
+    is_part = bool(layers) and set(layers) < set(saved_layers)
+    num_virtual = num_virtual if is_part else 1
     if saved.virtual_stages == num_virtual:
         return
     message = f"saved with {saved.virtual_stages} a rank, now {num_virtual}: resharded"

@@ -123,8 +123,8 @@ class CheckpointManager:
             The save; already committed in ``SaveMode.BLOCKING``.
 
         Raises:
-            ConfigurationError: ``step`` is negative, or optimizer state is required and there is
-                none.
+            ConfigurationError: ``step`` is negative, optimizer state is required and there is none,
+                or it goes by the positions of parameters.
             SaveInProgress: One is running, and the policy is to refuse.
             RankErrors: A rank failed, or its trainer state is at another step.
             RankSilent: A rank did not answer by the deadline.

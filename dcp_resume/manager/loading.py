@@ -88,7 +88,7 @@ def load_located(
             _layers(opened.catalog.tensors),
             session.state.meshes,
             _layers(held.entry for held in session.state.tensors),
-            facts.virtual_stages,
+            facts.virtual_stages if votes.world_size > 1 else 1,
         )
         if settings.load_optimizer_state is OptimizerState.REQUIRED:
             yield from _absent_optimizers(opened, wanted)

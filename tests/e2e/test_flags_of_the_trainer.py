@@ -8,9 +8,9 @@ import subprocess
 import sys
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from dcp_resume import CheckpointManager, LoadOptions
 from tests.support.training import train_rank
@@ -121,49 +121,23 @@ def test_32_it_saves_and_resumes_under_each_kind_of_parallelism(ranks, tmp_path,
     assert resumed == {step: whole[step] for step in (4, 5, 6)}
 
 
-LAYERS, HEADS, WIDTH, VOCABULARY, PADDED, LENGTH = 4, 4, 64, 256, 384, 64
-"""Of the tiny GPT-2; llm.c pads vocabularies to multiples of 128."""
-
-
-def write_llmc_file(path):
-    """Tensors in the order that llm.c defines; returns them under the names of the model."""
-    layer = [("ln_1.weight", (WIDTH,)), ("ln_1.bias", (WIDTH,))]
-    layer += [("attn.c_attn.weight", (3 * WIDTH, WIDTH)), ("attn.c_attn.bias", (3 * WIDTH,))]
-    layer += [("attn.c_proj.weight", (WIDTH, WIDTH)), ("attn.c_proj.bias", (WIDTH,))]
-    layer += [("ln_2.weight", (WIDTH,)), ("ln_2.bias", (WIDTH,))]
-    layer += [("mlp.c_fc.weight", (4 * WIDTH, WIDTH)), ("mlp.c_fc.bias", (4 * WIDTH,))]
-    layer += [("mlp.c_proj.weight", (WIDTH, 4 * WIDTH)), ("mlp.c_proj.bias", (WIDTH,))]
-    order = [("wte.weight", (PADDED, WIDTH)), ("wpe.weight", (LENGTH, WIDTH))]
-    order += [(f"h.{number}.{name}", shape) for name, shape in layer for number in range(LAYERS)]
-    order += [("ln_f.weight", (WIDTH,)), ("ln_f.bias", (WIDTH,))]
-    header = np.zeros(256, np.int32)
-    header[:8] = 20240326, 3, LENGTH, VOCABULARY, LAYERS, HEADS, WIDTH, PADDED
-    generator = torch.Generator().manual_seed(0)
-    tensors = {
-        f"transformer.{name}": torch.rand(shape, generator=generator) for name, shape in order
-    }
-    data = [header.tobytes(), *(tensor.numpy().tobytes() for tensor in tensors.values())]
-    path.write_bytes(b"".join(data))
-    return tensors
-
-
 @pytest.mark.ranks
 def test_34_initial_weights_come_from_a_file_that_no_checkpoint_needs(ranks, tmp_path):
-    """The model keeps q, k and v of a head together, llm.c all of q, then of k, then of v."""
-    given = write_llmc_file(tmp_path / "gpt2.bin")
-    save = f"--save {tmp_path}/run --save_interval 1 --learning_rate 0"
-    command = f"--num_iteration 1 --llmc_filepath {tmp_path}/gpt2.bin {save}"
-    ranks.run(steps_trained, 1, command)
-    (tmp_path / "gpt2.bin").unlink()
+    common = "--model llama3 --learning_rate 0 --save_interval 1"
+    ranks.run(steps_trained, 1, f"{common} --num_iteration 1 --save {tmp_path}/random")
+    [catalog] = (tmp_path / "random").glob("step-*/*/catalog.json")
+    model = [e for e in json.loads(catalog.read_text())["tensors"] if e["part"] == "model"]
+    given = {e["fqn"].removeprefix("model."): torch.rand(e["global_shape"]) for e in model}
+    save_file(given, tmp_path / "weights.safetensors")
 
-    assert ranks.run(steps_trained, 1, f"--num_iteration 2 --load {tmp_path}/run") == [2]
+    begin = f"--num_iteration 1 --hf_weights {tmp_path}/weights.safetensors --save {tmp_path}/run"
+    ranks.run(steps_trained, 1, f"{common} {begin}")
+    (tmp_path / "weights.safetensors").unlink()
+    go_on = f"--num_iteration 2 --load {tmp_path}/run --save {tmp_path}/run"
+    assert ranks.run(steps_trained, 1, f"{common} {go_on}") == [2]
 
-    given["transformer.wte.weight"] = given["transformer.wte.weight"][:VOCABULARY]
-    given["lm_head.weight"] = given["transformer.wte.weight"]
-    found = {name: torch.zeros_like(tensor) for name, tensor in given.items()}
-    with CheckpointManager(tmp_path / "run") as checkpoints:
-        checkpoints.load({"model": found}, options=LoadOptions(parts=("model",)))
-    for name, tensor in given.items():
-        is_packed = ".c_attn." in name
-        by_head = tensor.unflatten(0, (3, HEADS, -1)).transpose(0, 1) if is_packed else tensor
-        assert torch.equal(found[name], by_head.reshape(tensor.shape)), name
+    for step in (1, 2):
+        found = {name: torch.zeros_like(tensor) for name, tensor in given.items()}
+        with CheckpointManager(tmp_path / "run") as checkpoints:
+            checkpoints.load({"model": found}, step, options=LoadOptions(parts=("model",)))
+        assert all(torch.equal(found[name], tensor) for name, tensor in given.items())
