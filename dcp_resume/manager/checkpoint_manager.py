@@ -17,6 +17,7 @@ from dcp_resume.errors import (
     UnsupportedFormat,
 )
 from dcp_resume.events import CheckpointSkipped, SaveFailed, emit
+from dcp_resume.manager.arrangement import num_virtual_stages
 from dcp_resume.manager.choosing import (
     Damage,
     Request,
@@ -125,8 +126,8 @@ class CheckpointManager:
             The save; already committed in ``SaveMode.BLOCKING``.
 
         Raises:
-            ConfigurationError: ``step`` is negative, or optimizer state is required and there is
-                none.
+            ConfigurationError: ``step`` is negative, optimizer state is required and there is none,
+                or it goes by the positions of parameters.
             SaveInProgress: One is running, and the policy is to refuse.
             RankErrors: A rank failed, or its trainer state is at another step.
             RankSilent: A rank did not answer by the deadline.
@@ -361,6 +362,7 @@ class CheckpointManager:
     def _facts(self, step: int, state: Mapping[str, Any]) -> Facts:
         return Facts(
             trainer=trainer_facts(step, state),
+            virtual_stages=num_virtual_stages(state),
             model=self._model_facts,
             optimizer=optimizer_facts(state),
             data=self._data_facts,

@@ -6,6 +6,7 @@ from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import replace
 from typing import Any
 
+from dcp_resume.manager.arrangement import arrangement_differences
 from dcp_resume.manager.choosing import uncovered
 from dcp_resume.manager.drift import fact_differences
 from dcp_resume.manager.optimizers import StoredPart
@@ -17,7 +18,7 @@ from dcp_resume.manager.stateful import (
     declarations_of,
     without_optimizers,
 )
-from dcp_resume.manifest.models import PathKey
+from dcp_resume.manifest.models import PathKey, TensorEntry
 from dcp_resume.manifest.report import ReportItem, Severity
 from dcp_resume.planning.declarations import Declarations
 from dcp_resume.planning.state import LocalState, describe_state
@@ -82,6 +83,13 @@ def load_located(
     def differences(opened: OpenedCheckpoint, values: Mapping[str, object]) -> Iterable[ReportItem]:
         yield from bounds[0].differences(values, _paths(session.state))
         yield from fact_differences(opened.manifest, facts)
+        yield from arrangement_differences(
+            opened.manifest.topology,
+            _layers(opened.catalog.tensors),
+            session.state.meshes,
+            _layers(held.entry for held in session.state.tensors),
+            facts.virtual_stages if votes.world_size > 1 else 1,
+        )
         if settings.load_optimizer_state is OptimizerState.REQUIRED:
             yield from _absent_optimizers(opened, wanted)
 
@@ -95,6 +103,10 @@ def load_located(
     derived = {item.where for item in report.items if item.kind == "rng"}
     bounds[0].apply(result.values, _paths(session.state), derived=derived, step=result.step)
     return result
+
+
+def _layers(tensors: Iterable[TensorEntry]) -> set[int]:
+    return {entry.layer for entry in tensors if entry.layer is not None}
 
 
 def _paths(state: LocalState) -> dict[str, Any]:

@@ -131,15 +131,22 @@ class Bound:
         self._dicts: dict[str, Any] = {}
 
     def state_dict(self) -> dict[str, Any]:
-        """Ask every object for its state; tensors are the objects' own memory."""
+        """Ask every object for its state; tensors are the objects' own memory.
+
+        Raises:
+            ConfigurationError: An optimizer's state goes by positions.
+        """
         self._dicts = {key: dict(source.state_dict()) for key, source in self._sources.items()}
-        return {**self._plain, **self._dicts}
+        return _by_name({**self._plain, **self._dicts})
 
     def targets(self, stored: Callable[[str], StoredPart]) -> dict[str, Any]:
         """What to load into: the objects' own memory, and room for optimizer state.
 
         Args:
             stored: Says what the checkpoint holds below a key.
+
+        Raises:
+            ConfigurationError: An optimizer's state goes by positions.
         """
         self._dicts = {
             key: source.targets(stored(key))
@@ -147,7 +154,7 @@ class Bound:
             else dict(source.state_dict())
             for key, source in self._sources.items()
         }
-        return {**self._plain, **self._dicts}
+        return _by_name({**self._plain, **self._dicts})
 
     def undo(self) -> None:
         """Forget what asking for a state made, after a save or a failed load."""
@@ -196,6 +203,40 @@ class Bound:
                     source.derive(_nested(values, paths, key), step)
                 else:
                     source.load_state_dict(self._dicts[key])
+
+
+def _by_name(state: dict[str, Any]) -> dict[str, Any]:
+    """The state, unless it holds the state dict of an optimizer, which numbers the parameters.
+
+    Raises:
+        ConfigurationError: It does: in another order of parameters, moments would go astray.
+    """
+    for place in _numbering(state, ""):
+        raise ConfigurationError(
+            f"state{place} numbers the parameters of its groups, as an optimizer's state_dict() "
+            f"does; of a model with another order of parameters, others would get the moments: "
+            f"hand in the optimizer itself, or torch's get_optimizer_state_dict()",
+            option=place,
+        )
+    return state
+
+
+def _numbering(value: object, place: str) -> Iterator[str]:
+    """Places of optimizers' state dicts, as one would index the state."""
+    if isinstance(value, Mapping):
+        if any(_is_numbered(group) for group in _as_list(value.get("param_groups"))):
+            yield place
+        for key, below in value.items():
+            yield from _numbering(below, f"{place}[{key!r}]")
+    elif isinstance(value, (list, tuple)) and value and isinstance(value[0], Mapping):
+        for position, below in enumerate(value):
+            yield from _numbering(below, f"{place}[{position}]")
+
+
+def _is_numbered(group: object) -> bool:
+    return isinstance(group, Mapping) and any(
+        isinstance(parameter, int) for parameter in _as_list(group.get("params"))
+    )
 
 
 def _nested(values: Mapping[str, object], paths: Paths, key: str) -> dict[str, Any]:

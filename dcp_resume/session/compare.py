@@ -76,13 +76,14 @@ class LoadReport:
     def united(cls, reports: Sequence[LoadReport]) -> LoadReport:
         """One report over all ranks: equal items once, the worst first.
 
-        A name is unexpected only if no rank has it, because pipeline stages hold parts.
+        A name is unexpected only if no rank has it, because pipeline stages hold parts; and stages
+        are in a wrong order only if each rank's are.
         """
         seen = Counter(item for report in reports for item in set(report.items))
         items = (
             item
             for item, count in seen.items()
-            if item.kind != "unexpected" or count == len(reports)
+            if item.kind not in ("unexpected", "stages") or count == len(reports)
         )
         return cls(reports[0].step, tuple(sorted(items, key=_by_weight)))
 

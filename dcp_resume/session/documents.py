@@ -70,6 +70,7 @@ class Facts:
     stages: tuple[tuple[int, ...], ...] | None = None
     """Per pipeline stage the global layers it holds; None to tell by the layers' names."""
     virtual_stages: int = 1
+    """Parts of the model on this rank; they are virtual stages if there are several ranks'."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -142,6 +143,7 @@ def build_documents(
     tensors = _with_tensor_digests(plan, np.concatenate([r.position_sums for r in reports]))
     catalog = Catalog(format=FormatMark(), tensors=tensors, files=files)
     catalog_bytes = encode(catalog)
+    stages = facts.stages or plan.stages
     manifest = Manifest(
         format=FormatMark(),
         run=identity.run,
@@ -154,8 +156,8 @@ def build_documents(
         topology=Topology(
             world_size=plan.world_size,
             meshes=plan.meshes,
-            stages=facts.stages or plan.stages,
-            virtual_stages=facts.virtual_stages,
+            stages=stages,
+            virtual_stages=facts.virtual_stages if stages else 1,
         ),
         trainer=facts.trainer,
         model=dict(facts.model),

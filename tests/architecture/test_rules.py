@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -83,6 +84,36 @@ def test_modules_and_functions_stay_small(name):
             first = node.body[1] if ast.get_docstring(node) and len(node.body) > 1 else node.body[0]
             length = (node.end_lineno or 0) - first.lineno + 1
             assert length <= 60, f"{name}: {node.name} has {length} lines"
+
+
+def test_35_the_library_knows_no_model():
+    """What belongs to one model is in ``examples/``, which the library never imports."""
+    examples = {path.stem for path in (ROOT.parent / "examples").glob("*.py")}
+    assert {"gpt2", "llama3"} <= examples
+    found = {
+        (name, word)
+        for name, tree in TREES.items()
+        for word in (*(imports(tree) & examples), *model_words(tree))
+    }
+    assert not found
+
+
+def model_words(tree: ast.AST) -> set[str]:
+    """Names and strings of the code, docstrings apart, that speak of a certain model."""
+    docs = {
+        node.body[0].value
+        for node in ast.walk(tree)
+        if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef)) and ast.get_docstring(node)
+    }
+    fields = ("id", "attr", "name", "arg", "value")
+    words = {
+        text
+        for node in ast.walk(tree)
+        if node not in docs
+        for field in fields
+        if isinstance(text := getattr(node, field, None), str)
+    }
+    return {word for word in words if re.search(r"gpt|llama|bert|mistral|qwen", word.lower())}
 
 
 def test_no_module_has_a_vague_name():

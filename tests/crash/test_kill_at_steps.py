@@ -95,7 +95,7 @@ CASES = [
 
 
 @pytest.mark.parametrize(("point", "victims", "silent"), CASES)
-def test_kill(ranks, tmp_path, point, victims, silent):
+def test_40_a_kill_leaves_the_old_or_a_whole_checkpoint(ranks, tmp_path, point, victims, silent):
     # The mode alternates: steps 3 to 5 are in the trainer's thread or in the background.
     is_blocking = CASES.index((point, victims, silent)) % 2 == 0
     outcomes = ranks.outcomes(save_and_die, WORLD_SIZE, str(tmp_path), point, victims, is_blocking)

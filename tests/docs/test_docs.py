@@ -167,6 +167,22 @@ def test_decisions_have_their_four_sections_and_fit_a_page():
         assert len(text.splitlines()) <= 40, page
 
 
+def test_39_a_page_compares_our_format_with_those_of_torch_dcp_and_megatron():
+    """Row by row; that others read ours, the last one, tests/ranks/test_stock_readers.py shows."""
+    text = PAGES["docs/explanation/comparison.md"]
+    names, _, *rows = re.findall(r"^\|(.+)\|$", text, flags=re.MULTILINE)
+    ours, *others = [name.strip() for name in names.split("|")][1:]
+    assert ours == "dcp_resume"
+    assert {"torch.save", "DCP", "Megatron torch_dist"} <= set(others)
+    assert "other readers" in rows[-1]
+    for row in rows:
+        cells = [cell.strip() for cell in row.split("|")]
+        assert len(cells) == 2 + len(others), row
+        assert all(cells), row
+    for other in others:
+        assert f"**{other}**" in text, f"nothing is said of {other} beside the table"
+
+
 # References.
 
 ERRORS = "docs/reference/errors.md"

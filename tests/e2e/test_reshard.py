@@ -190,6 +190,21 @@ def test_stock_reader_loads_the_result(tmp_path):
     assert all(torch.equal(wanted[name], tensor) for name, tensor in state.items())
 
 
+def test_52_a_checkpoint_becomes_one_safetensors_file_a_part_and_these_a_checkpoint(tmp_path):
+    from safetensors.torch import load_file
+
+    state = make_state()
+    save_sharded(str(tmp_path / "a"), state)
+    result = run_reshard(tmp_path / "a", tmp_path / "b", "dp=1")
+    files = list((tmp_path / "b" / result.prefix).glob("*.safetensors"))
+    assert len(files) == len({name.split(".")[0] for name in state})
+    found = {name: tensor for file in files for name, tensor in load_file(file).items()}
+    assert found.keys() == state.keys()
+    assert all(torch.equal(found[name], tensor) for name, tensor in state.items())
+    save_whole(tmp_path / "c", found)
+    check_equal(tmp_path / "c", state)
+
+
 def test_windows_smaller_than_chunks(tmp_path):
     state = {
         "model.layers.0.wq": torch.arange(3 * 700 * 1000, dtype=torch.int32).view(3, 700, 1000)

@@ -38,7 +38,7 @@ def check_resume_is_bit_equal(ranks, root, count, flags, last, interval, start):
 @pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("model", ["gpt2", "llama3"])
-def test_30_resume_from_step_40_of_100_is_bit_equal(ranks, tmp_path, model, dtype, optimizer):
+def test_05_29_30_resume_from_step_40_of_100_is_bit_equal(ranks, tmp_path, model, dtype, optimizer):
     """INFINITRAIN 5, 28, 29, 30: with dropout, so that random numbers count too."""
     flags = f"--model {model} --dtype {dtype} --optimizer {optimizer}"
     check_resume_is_bit_equal(ranks, tmp_path, 1, flags, last=100, interval=20, start=40)

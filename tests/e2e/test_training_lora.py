@@ -44,7 +44,7 @@ def lora_is_resumed(directory, layout):
 
 
 @pytest.mark.parametrize(("world_size", "layout"), [(1, ""), (2, SPLIT)], ids=["one", "tp2"])
-def test_a_lora_run_resumes_bit_for_bit(ranks, tmp_path, world_size, layout):
+def test_33_a_lora_run_resumes_bit_for_bit(ranks, tmp_path, world_size, layout):
     ranks.run(lora_is_resumed, world_size, str(tmp_path), layout)
 
     end, again = losses_of(tmp_path / "whole.jsonl"), losses_of(tmp_path / "again.jsonl")

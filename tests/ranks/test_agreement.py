@@ -97,7 +97,7 @@ def save_on_failing_disk(root: str) -> list[Any]:
         return [error, steps, checkpoints.steps()]
 
 
-def test_store_fails_one_rank(ranks, tmp_path):
+def test_49_a_store_that_fails_one_rank_fails_the_save_on_all(ranks, tmp_path):
     found = ranks.run(save_on_failing_disk, 2, str(tmp_path))
 
     for error, steps_after_failure, steps in found:
@@ -144,7 +144,7 @@ def save_different_steps(root: str) -> DcpResumeError | None:
         return error_of(lambda: checkpoints.save(10 + dist.get_rank(), sharded()))
 
 
-def test_different_steps(ranks, tmp_path):
+def test_49_different_steps_are_refused_on_all_ranks(ranks, tmp_path):
     for error in ranks.run(save_different_steps, 3, str(tmp_path)):
         assert isinstance(error, ConfigurationError)
         assert "rank 0 saves 10, others {1: 11, 2: 12}" in str(error)

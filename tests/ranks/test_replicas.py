@@ -186,7 +186,7 @@ def load_replicated(root: str) -> bool:
 
 
 @pytest.mark.parametrize("is_proved", [True, False])
-def test_replicas_are_written_once_and_shared_out(ranks, tmp_path, is_proved):
+def test_46_replicas_are_written_once_and_shared_out(ranks, tmp_path, is_proved):
     ranks.run(save_replicated, 4, str(tmp_path), is_proved)
 
     by_rank: dict[int, int] = defaultdict(int)

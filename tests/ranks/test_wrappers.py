@@ -1,4 +1,4 @@
-"""INFINITRAIN 53: one checkpoint under plain, DDP, FSDP1, FSDP2, ZeRO; each rank's own items."""
+"""One checkpoint under every wrapper, and in another order of parameters; each rank's own items."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 from torch.distributed.optim import ZeroRedundancyOptimizer
@@ -21,14 +22,29 @@ from dcp_resume import CheckpointManager, RngState, SaveMode, Settings, Severity
 pytestmark = pytest.mark.ranks
 
 BLOCKING = Settings(mode=SaveMode.BLOCKING, deadline_s=60)
-WRAPS = ("plain", "ddp", "fsdp1", "fsdp2", "zero")
+WRAPS = (
+    "plain",
+    "ddp",
+    "fsdp1",
+    "fsdp2",
+    "zero",
+    "compiled",
+    "compiled in ddp",
+    "recomputed",
+    "recomputed in fsdp1",
+    "recomputed in fsdp2, compiled",
+    "permuted",
+    "permuted in fsdp2",
+)
+"""Recomputed: activation checkpointing of one layer. Permuted: parameters in another order."""
 
 
 class Net(nn.Module):
-    def __init__(self) -> None:
+    def __init__(self, *, is_permuted: bool = False) -> None:
         super().__init__()
-        self.a = nn.Linear(8, 16)
-        self.module = nn.Linear(16, 8)  # a name that a wrapper uses too
+        layers = {"a": nn.Linear(8, 16), "module": nn.Linear(16, 8)}  # which wrappers use too
+        for name in reversed(layers) if is_permuted else layers:
+            self.add_module(name, layers[name])
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return self.module(torch.tanh(self.a(x)))
@@ -39,18 +55,24 @@ class Job:
 
     def __init__(self, wrap: str, seed: int) -> None:
         torch.manual_seed(seed)
-        self.net = Net()
-        self.model: nn.Module = self.net
-        if wrap in ("ddp", "zero"):
-            self.model = DistributedDataParallel(self.net)
-        elif wrap == "fsdp1":
+        net = Net(is_permuted="permuted" in wrap)
+        if "recomputed" in wrap:
+            net.a = checkpoint_wrapper(net.a)
+        self.model: nn.Module = net
+        if wrap == "compiled in ddp":
+            self.model = torch.compile(self.model, backend="eager")
+        if wrap == "zero" or "ddp" in wrap:
+            self.model = DistributedDataParallel(self.model)
+        elif "fsdp1" in wrap:
             mesh = init_device_mesh("cpu", (dist.get_world_size(),))
             self.model = FullyShardedDataParallel(
-                self.net, device_mesh=mesh, use_orig_params=True, device_id=torch.device("cpu")
+                self.model, device_mesh=mesh, use_orig_params=True, device_id=torch.device("cpu")
             )
-        elif wrap == "fsdp2":
+        elif "fsdp2" in wrap:
             mesh = init_device_mesh("cpu", (dist.get_world_size(),))
-            self.model = fully_shard(self.net, mesh=mesh)
+            self.model = fully_shard(self.model, mesh=mesh)
+        if wrap.endswith("compiled"):
+            self.model = torch.compile(self.model, backend="eager")
         make = torch.optim.AdamW
         self.optimizer = (
             ZeroRedundancyOptimizer(self.model.parameters(), make, lr=0.01)

@@ -42,7 +42,7 @@ def refused(command, capsys):
 
 
 @pytest.mark.parametrize("command", WRONG)
-def test_a_wrong_combination_is_refused(command, capsys):
+def test_04_a_wrong_combination_is_refused(command, capsys):
     assert WRONG[command] in refused(command, capsys)
 
 

@@ -187,7 +187,7 @@ DAMAGES = {
 
 
 @pytest.mark.parametrize("name", DAMAGES)
-def test_damage_is_refused_by_name_and_nothing_changes(run, name):
+def test_41_damage_is_refused_by_name_and_nothing_changes(run, name):
     damage, kind_of_error, kind = DAMAGES[name]
     damage(run)
 
@@ -201,7 +201,7 @@ def test_damage_is_refused_by_name_and_nothing_changes(run, name):
 
 
 @pytest.mark.parametrize("name", [n for n, d in DAMAGES.items() if d[1] is not UnsupportedFormat])
-def test_resume_falls_back_to_the_older_checkpoint(run, skipped, name):
+def test_42_resume_falls_back_to_the_older_checkpoint(run, skipped, name):
     DAMAGES[name][0](run)
 
     result, state, steps = resume(run)

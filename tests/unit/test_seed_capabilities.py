@@ -8,6 +8,10 @@ from __future__ import annotations
 
 import json
 import logging
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -19,6 +23,7 @@ from dcp_resume.data import ResumableLoader, ResumableSampler, Tail
 from dcp_resume.manager.parameter_names import named_parameters
 from dcp_resume.session.load import LoadOptions
 
+ROOT = Path(__file__).parents[2]
 BLOCKING = Settings(mode=SaveMode.BLOCKING)
 
 
@@ -189,6 +194,25 @@ def test_37_the_log_says_what_was_saved_and_loaded_and_how_long_it_took(tmp_path
         assert "step=40" in message
         assert "duration_s=" in message
         assert str(tmp_path) in message
+
+
+TESTED = (
+    "tests/unit/test_format_data_file.py",
+    "tests/unit/test_optimizers.py::test_24_step_count_and_both_moments_come_back_exactly",
+    "tests/unit/test_trainer_items.py::TestTrainerState",
+    "tests/unit/test_manager.py::test_a_resumed_run_is_bit_identical",
+)
+"""Serialization, optimizer state, trainer state, and a run with and without an interruption."""
+
+
+def test_38_files_optimizers_progress_and_resumes_are_tested_where_no_gpu_is_seen():
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *TESTED]
+    hidden = {**os.environ, "CUDA_VISIBLE_DEVICES": ""}
+
+    done = subprocess.run(command, cwd=ROOT, env=hidden, capture_output=True, text=True)
+
+    assert done.returncode == 0, done.stdout
+    assert "skipped" not in done.stdout.splitlines()[-1]
 
 
 def test_47_a_background_save_is_a_consistent_snapshot(tmp_path):

@@ -154,7 +154,7 @@ def test_unknown_optional_fields_survive():
         ({"name": "dcp_resume", "major": 1, "requires": ["zstd"]}, "requires"),
     ],
 )
-def test_the_format_gate(mark, where):
+def test_15_another_format_or_version_is_refused_by_name(mark, where):
     with pytest.raises(UnsupportedFormat) as caught:
         wire.decode_record(changed(format=mark), "doc")
     assert [problem.where for problem in caught.value.problems] == [f"doc:format.{where}"]
