@@ -227,6 +227,7 @@ class CheckpointManager:
             LoadRefused: It does not fit the state; nothing changed.
             InvalidCheckpoint: It is damaged, and no tensor changed.
             PartialLoad: It is damaged, and tensors had changed.
+            TensorMismatch: Asked to prove tensors, and some are not as they were saved.
             StorageError: The store failed.
         """
         self.wait()
@@ -258,6 +259,7 @@ class CheckpointManager:
             InvalidCheckpoint: The asked step is damaged, or no older checkpoint is whole.
             UnsupportedFormat: A newer version wrote it; it is left as it is.
             PartialLoad: Tensors had changed, and no older checkpoint covers them.
+            TensorMismatch: Asked to prove tensors, and some are not as they were saved.
             StorageError: The store failed.
         """
         self.wait()

@@ -58,6 +58,7 @@ def load_located(
         LoadRefused: It does not fit the state; nothing changed.
         InvalidCheckpoint: It is damaged, and no tensor changed.
         PartialLoad: It is damaged, and tensors had changed.
+        TensorMismatch: Asked to prove tensors, and some are not as they were saved.
         RankErrors: A rank's state cannot be described.
         RankSilent: A rank did not answer by the deadline.
         StorageError: The store failed.

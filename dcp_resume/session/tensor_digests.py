@@ -41,7 +41,7 @@ class TensorDigests(Enum):
 
     OMIT = "omit"
     RECORD = "record"
-    """About 330 million elements a second (1.3 GB/s of float32) on one core of each rank, after
+    """About 310 million elements a second (1.2 GB/s of float32) on one core of each rank, after
     staging; 16 bytes more a chunk go to the coordinator."""
 
 

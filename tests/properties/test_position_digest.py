@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import itertools
 import math
+import re
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -75,6 +77,14 @@ def tilings(draw):
 def test_it_is_what_the_format_says(shape, itemsize, seed):
     array = random_bytes(shape, itemsize, seed)
     assert digest_of(array).hex == by_the_page(array)
+
+
+def test_the_page_has_the_right_example():
+    page = (Path(__file__).parents[2] / "docs/reference/format.md").read_text(encoding="utf-8")
+    (value,) = re.findall(r"has the value `([0-9a-f]{32})`", page)
+    array = np.frombuffer(as_bytes(torch.tensor([1.0, -2.0], dtype=torch.bfloat16)), np.uint8)
+    assert array.tobytes().hex(" ") in page
+    assert value == by_the_page(array.reshape(2, 2)) == digest_of(array.reshape(2, 2)).hex
 
 
 @SEEDED
