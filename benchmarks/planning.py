@@ -23,6 +23,7 @@ from dcp_resume.planning.merge import GlobalPlan, merge
 from dcp_resume.planning.plans import LocalPlan, encode_structure
 from dcp_resume.session.attempt import RankOrder
 from dcp_resume.session.documents import AttemptIdentity, Facts, build_documents
+from dcp_resume.session.tensor_digests import TensorDigests
 from dcp_resume.session.writing import RankReport
 
 WIDTH = 16
@@ -116,7 +117,7 @@ def plan_save(ranks: int, tensors: int) -> Planned:
         plan = merge(plans)
     with clock.phase("orders"):
         for rank in range(ranks):
-            RankOrder("a" * 12, 1, BLOCK_SIZE, plan.rank_plan(rank)).to_bytes()
+            RankOrder("a" * 12, 1, BLOCK_SIZE, TensorDigests.OMIT, plan.rank_plan(rank)).to_bytes()
     reports_bytes = list(reported(plan, ranks))
     with clock.phase("documents"):
         reports = [RankReport.from_bytes(ballot) for ballot in reports_bytes]
