@@ -1,4 +1,4 @@
-"""The benchmark itself: every library loads what it saved, and each figure has its limit beside it."""
+"""The benchmark itself: every library loads what it saved, each figure beside its limit."""
 
 import json
 import subprocess
@@ -15,8 +15,7 @@ OPERATIONS = {"save", "async: stall", "async: durable", "load", "load 2 → 1"}
 def test_54_times_bytes_and_memory_stand_beside_those_of_torch_save_and_dcp(tmp_path):
     result = tmp_path / "result.json"
     run = subprocess.run(
-        [sys.executable, "-m", "benchmarks", "--size", "tiny", "--repetitions", "1"]
-        + ["--directory", str(tmp_path), "--json", str(result)],
+        [sys.executable, *f"-m benchmarks --size tiny --repetitions 1 --json {result}".split()],
         capture_output=True,
         text=True,
         timeout=240,
@@ -38,8 +37,10 @@ def test_54_times_bytes_and_memory_stand_beside_those_of_torch_save_and_dcp(tmp_
 def test_the_coordinators_part_of_a_save_is_measured_by_number_of_ranks(tmp_path):
     result = tmp_path / "result.json"
     run = subprocess.run(
-        [sys.executable, "-m", "benchmarks.planning", "--ranks", "2", "16"]
-        + ["--tensors", "5", "--json", str(result)],
+        [
+            sys.executable,
+            *f"-m benchmarks.planning --ranks 2 16 --tensors 5 --json {result}".split(),
+        ],
         capture_output=True,
         text=True,
         timeout=120,
