@@ -14,7 +14,7 @@ from dcp_resume.errors import KeyExists, KeyNotFound, OutcomeUnknown, StorageErr
 from dcp_resume.manifest.history import CommitEntry, RunHistory
 from dcp_resume.manifest.keys import LOG_PREFIX, log_key, parse_log_key
 from dcp_resume.session import commit as rules
-from dcp_resume.session import run_log
+from dcp_resume.session import marks, run_log
 from dcp_resume.session.run_log import RunLog
 
 from .programs import catalog_key, initial_objects, pruner, quarantiner, sweep_unneeded, trainer
@@ -43,7 +43,7 @@ def standard(**zombie):
 
 
 def test_without_the_fence(monkeypatch):
-    monkeypatch.setattr(rules, "_check_owner", off)
+    monkeypatch.setattr(rules, "check_owner", off)
     assert FENCED in kinds(standard())
 
 
@@ -110,14 +110,14 @@ def test_sweep_without_mark():
 
 
 def test_sweep_before_retire(monkeypatch):
-    retire = rules.retire
+    retire = marks.retire
 
     def swept_first(log, target):
         retired = {**log.history.retired, target: 0}
         sweep_unneeded(log._store, dataclasses.replace(log.history, retired=retired), target)
         return retire(log, target)
 
-    monkeypatch.setattr(rules, "retire", swept_first)
+    monkeypatch.setattr(marks, "retire", swept_first)
     assert LOST_FILES in kinds([pruner(1)])
 
 
@@ -165,7 +165,7 @@ def test_not_recognising_our_own_record(monkeypatch):
 
 
 def test_the_seeds_find_a_mutant_too_and_name_the_seed(monkeypatch):
-    monkeypatch.setattr(rules, "_check_owner", off)
+    monkeypatch.setattr(rules, "check_owner", off)
     state = build_first_state()
     with pytest.raises(AssertionError, match=r"^seed \d+: .*a fenced generation committed"):
         all(simulate(state, seed) for seed in range(20))

@@ -21,7 +21,7 @@ from dcp_resume.manifest.keys import log_key
 from dcp_resume.manifest.models import DocumentRef, TrainerFacts
 from dcp_resume.manifest.records import CommitRecord, OpenRecord
 from dcp_resume.manifest.wire import encode
-from dcp_resume.session.commit import pin, quarantine, retire
+from dcp_resume.session.marks import pin, quarantine, retire
 from dcp_resume.session.run_log import RunLog
 from dcp_resume.storage import open_store
 from dcp_resume.storage.posix_store import PosixStore
