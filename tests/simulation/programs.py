@@ -22,6 +22,8 @@ from dcp_resume.errors import (
     RetireRefused,
     StorageError,
 )
+from dcp_resume.manager.policies import RetentionPolicy
+from dcp_resume.manager.retention import prune
 from dcp_resume.manifest.history import CommitEntry, RunHistory
 from dcp_resume.manifest.keys import attempt_prefix, log_key
 from dcp_resume.manifest.models import DocumentRef, TrainerFacts
@@ -179,6 +181,18 @@ def pruner(
                 continue
             sweep(store, retired.history, spare[0])
         return None
+
+    return program
+
+
+def policy_pruner(policy: RetentionPolicy, *, make_log: MakeLog = RunLog) -> Program:
+    """``dcp-resume prune``, or a trainer's retention, with this policy."""
+
+    def program(store: ScriptedStore) -> object:
+        log = new_log(store, make_log, 2)
+        log.refresh()
+        store.go_live()
+        return [pruned.is_retired for pruned in prune(store, log, policy)]
 
     return program
 
