@@ -99,7 +99,7 @@ def test_a_cleaner_meets_attempts_that_are_about_to_commit(checkpoints):
 
 
 def test_a_cleaner_meets_a_pruner_whose_answers_are_lost():
-    programs = [trainer("z", (80,), generation=1), pruner(1), cleaner(rounds=2)]
+    programs = [trainer("z", (80,), generation=1), pruner(1), cleaner()]
     state = start(initial_objects(INCREMENTAL), programs)
     found = explore(state, may_crash=SUCCESSOR, may_lose=frozenset({1, 2}))
     assert found.bad == {}

@@ -30,7 +30,7 @@ def build_first_state() -> State:
         pruner(3),
         pruner(2),
         quarantiner(4),
-        cleaner(rounds=2),
+        cleaner(),
     ]
     return start(initial_objects(CHECKPOINTS), programs)
 
