@@ -212,7 +212,7 @@ class CheckpointManager:
 
         Args:
             state: As for ``save``; tensors are written in place.
-            step: A step, ``latest`` or ``best``.
+            step: A step, ``latest``, ``best`` or a tag.
             options: Instead of those of the settings.
 
         Raises:
@@ -245,8 +245,7 @@ class CheckpointManager:
             The load; None for a run that has no checkpoint yet and ``latest`` was asked.
 
         Raises:
-            CheckpointNotFound: ``best`` or a step was asked and is not there, or every checkpoint
-                is quarantined.
+            CheckpointNotFound: What was asked is not there, or every checkpoint is quarantined.
             LoadRefused: It does not fit the state; nothing changed.
             InvalidCheckpoint: The asked step is damaged, or no older checkpoint is whole.
             UnsupportedFormat: A newer version wrote it; it is left as it is.

@@ -319,7 +319,7 @@ def _candidate(history: RunHistory, entry: CommitEntry, *, is_current: bool) -> 
         generation=record.generation,
         created_s=_seconds(record.created),
         metrics=record.trainer.metrics,
-        tags=tuple(sorted(name for name, target in history.tags.items() if target == seq)),
+        tags=history.tags_of(seq),
         is_current=is_current,
         is_pinned=seq in history.pinned,
         is_resume_source=source is not None and source.seq == seq,

@@ -137,6 +137,10 @@ class RunHistory:
         seq = self.tags.get(name, 0)
         return CommitEntry(seq, self.commits[seq]) if self.is_usable(seq) else None
 
+    def tags_of(self, seq: int) -> tuple[str, ...]:
+        """The names of a commit, sorted."""
+        return tuple(sorted(name for name, target in self.tags.items() if target == seq))
+
     def find_attempt(self, attempt: str) -> CommitEntry | None:
         """The commit of an attempt, retired or not; None if the attempt never committed."""
         return next((e for e in self._youngest_first() if e.record.attempt == attempt), None)

@@ -352,7 +352,7 @@ def test_wrong_layout_files(run, tmp_path, call, text, message):
         [],
         ["frobnicate"],
         ["ls"],
-        ["inspect", "x", "--step", "newest"],
+        ["inspect", "x", "--step", "NEWEST"],
         ["verify", "x", "--step", "-1"],
         ["reshard", "a", "b"],
         ["ls", "memory://x", "--storage-option", "novalue"],
@@ -400,7 +400,7 @@ def test_interrupted(run, call, monkeypatch):
     def interrupt(*_):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(list_run, "open_url", interrupt)
+    monkeypatch.setattr(list_run, "open_run", interrupt)
     code, _, err = call("ls", run)
     assert code == 130
     assert "Traceback" not in err
