@@ -1,7 +1,7 @@
 """What lies under a run's root and belongs to no checkpoint, and how it goes.
 
 An attempt that never committed may still be about to. So it is given up first, by a ``drop``
-record: a commit that comes later is refused, and one that came before stops the drop. Age decides
+record: a commit that comes later is refused, and what committed before is not dropped. Age decides
 nothing but politeness; it is told by the store's clock alone.
 """
 
@@ -115,18 +115,18 @@ def remove_litter(
         Files and bytes that went; uploads are not counted, since stores do not tell their size.
 
     Raises:
-        RetireRefused: An attempt has committed meanwhile; look again.
         Fenced: A newer incarnation owns the run.
         OutcomeUnknown: It is not known whether the attempts were given up; nothing was deleted.
         StorageError: The store failed; some litter remains for the next time.
     """
-    given_up = log.history.dropped
+    given_up = {*log.history.dropped}
     for names in _batches([name for name in litter.attempts if name not in given_up]):
-        drop(log, names, generation=generation)
+        given_up |= drop(log, names, generation=generation)
     swept = Swept()
     for seq, found in litter.retired.items():
         swept += delete_swept(store, log.history.commits[seq], found)
-    files = [info for infos in litter.attempts.values() for info in infos] + [*litter.probes]
+    dead = (infos for name, infos in litter.attempts.items() if name in given_up)
+    files = [info for infos in (*dead, litter.probes) for info in infos]
     store.delete([info.key for info in files])
     store.discard(litter.unfinished)
     return swept + Swept.of(files)

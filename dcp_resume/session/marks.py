@@ -10,7 +10,7 @@ record itself: a checkpoint that was pinned a moment before is not retired.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection
 
 from dcp_resume.errors import CheckpointNotFound, ConfigurationError, RetireRefused
 from dcp_resume.manifest.history import RunHistory
@@ -185,39 +185,39 @@ def untag(log: RunLog, name: str) -> Appended:
     return log.append(build, check)
 
 
-def drop(log: RunLog, attempts: Sequence[str], *, generation: int | None = None) -> Appended:
+def drop(log: RunLog, attempts: Collection[str], *, generation: int | None = None) -> set[str]:
     """Give attempts up, so that their files may be swept: no commit of them counts from now on.
 
     Args:
         log: The run's log.
-        attempts: Ids of attempts that never committed; at most 1,000.
+        attempts: Ids of attempts that did not commit, as far as the caller knows; at most 1,000.
         generation: The caller's generation, if a trainer drops; operators have none.
 
+    Returns:
+        Those that were given up; the others have committed meanwhile.
+
     Raises:
-        RetireRefused: One of them has committed.
         Fenced: A newer incarnation owns the run.
         OutcomeUnknown: The store gave no answer in time; delete nothing.
         StorageError: The store failed; nothing was dropped.
     """
 
+    def uncommitted(history: RunHistory) -> set[str]:
+        return {*attempts} - {record.attempt for record in history.commits.values()}
+
     def check(history: RunHistory) -> None:
         if generation is not None:
             check_owner(history, generation)
-        for attempt in attempts:
-            committed = history.find_attempt(attempt)
-            if committed is not None:
-                raise RetireRefused(
-                    f"cannot drop attempt {attempt} of {log.url}: log record {committed.seq} "
-                    f"committed it as step {committed.record.step}. Look for litter again.",
-                    target=committed.seq,
-                    step=committed.record.step,
-                )
 
-    def build(_: RunHistory) -> LogRecord:
-        return DropRecord(run=log.run, created=log.timestamp(), attempts=tuple(attempts))
+    def build(history: RunHistory) -> LogRecord:
+        names = tuple(sorted(uncommitted(history)))
+        return DropRecord(run=log.run, created=log.timestamp(), attempts=names)
 
-    log.refresh()
-    return log.append(build, check)
+    if not uncommitted(log.refresh()):
+        return set()
+    record = log.append(build, check).record
+    assert isinstance(record, DropRecord)
+    return {*record.attempts}
 
 
 def _mark(

@@ -150,7 +150,7 @@ def cleaner(
             litter = find_litter(store, log, until_s=0.0, needs=needs)
             try:
                 remove(store, log, litter)
-            except (RetireRefused, OutcomeUnknown):
+            except OutcomeUnknown:
                 continue
         return None
 

@@ -155,7 +155,8 @@ def test_committing_what_was_given_up(monkeypatch):
 def test_giving_up_what_has_committed(monkeypatch):
     def drop_unasked(log, attempts, *, generation=None):
         record = DropRecord(run=log.run, created=log.timestamp(), attempts=tuple(attempts))
-        return log.append(lambda _: record, off)
+        log.append(lambda _: record, off)
+        return {*attempts}
 
     monkeypatch.setattr(litter, "drop", drop_unasked)
     assert LOST_FILES in kinds(saving_beside(cleaner()))

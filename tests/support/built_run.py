@@ -138,7 +138,7 @@ class BuiltRun:
     def lose(self, step: int, name: str = MANIFEST_NAME) -> None:
         self.store.delete([self.key(step, name)])
 
-    def keys(self) -> list[str]:
+    def attempt_keys(self) -> list[str]:
         """Every key of every attempt."""
         return [info.key for info in self.store.list("step-")]
 
