@@ -73,20 +73,21 @@ def resumes_from_40(history):
 def test_prune_races_a_resume_of_what_it_would_retire():
     programs = [trainer("rollback", (50,), choose_source=resumes_from_40), pruner(2)]
     state = start(initial_objects(INCREMENTAL), programs)
-    found = explore(state, may_crash=ZOMBIE, may_lose=ZOMBIE | SUCCESSOR)
+    found = explore(state, may_lose=SUCCESSOR)
     assert found.bad == {}
 
 
-def test_two_policies_prune_while_a_checkpoint_is_found_damaged_and_a_job_commits():
-    programs = [
-        trainer("z", (80,), generation=1),
-        policy_pruner(POLICY),
-        policy_pruner(POLICY),
-        quarantiner(4),
-    ]
+@pytest.mark.parametrize(
+    "other",
+    [trainer("z", (80,), generation=1), policy_pruner(POLICY)],
+    ids=["a job that commits", "another pruner"],
+)
+def test_a_policy_prunes_while_a_checkpoint_is_found_damaged_beside(other):
+    """What the record before a ``retire`` says must not be against the policy."""
+    programs = [other, policy_pruner(POLICY), quarantiner(4)]
     found = explore(start(initial_objects(THREE), programs))
     assert found.bad == {}
-    assert found.num_states > 10_000
+    assert found.num_states > 1000
 
 
 @pytest.mark.parametrize("checkpoints", [FULL, INCREMENTAL], ids=["full", "incremental"])
