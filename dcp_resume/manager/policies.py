@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Literal
@@ -70,7 +70,7 @@ class RetentionPolicy(ABC):
 
     @abstractmethod
     def keep(self, candidates: Sequence[Candidate]) -> Kept:
-        """What this policy keeps, with the reason.
+        """What this policy keeps, with the reason for people; it depends on nothing else.
 
         Args:
             candidates: In commit order, the oldest first.
@@ -78,6 +78,9 @@ class RetentionPolicy(ABC):
 
     def __or__(self, other: RetentionPolicy) -> RetentionPolicy:
         return KeepAny((self, other))
+
+    def __str__(self) -> str:
+        return type(self).__name__
 
 
 @dataclass(frozen=True, slots=True)
@@ -283,47 +286,38 @@ def decide(history: RunHistory, policy: RetentionPolicy) -> list[Decision]:
     Kept whatever the policy says are the last good one, the live resume source, pinned ones, and
     damaged ones, which do not count.
     """
+    last_good, source = history.last_good(), history.resume_source()
     lineage = {entry.seq for entry in history.lineage()}
     live = sorted(history.live_commits().items())
     candidates = [
-        _candidate(history, CommitEntry(seq, record), is_current=seq in lineage)
+        Candidate(
+            seq=seq,
+            step=record.step,
+            generation=record.generation,
+            created_s=_seconds(record.created),
+            metrics=record.trainer.metrics,
+            tags=history.tags_of(seq),
+            is_current=seq in lineage,
+            is_pinned=seq in history.pinned,
+            is_resume_source=source is not None and source.seq == seq,
+        )
         for seq, record in live
         if seq not in history.quarantined
     ]
+    always = (
+        ("newest", {last_good.seq} if last_good else ()),
+        ("resume source", {source.seq} if source else ()),
+        ("pinned", history.pinned),
+        ("quarantined", history.quarantined),
+    )
     kept = policy.keep(candidates)
     decisions = []
     for seq, record in live:
-        reasons = [*_reasons(history, seq), *([kept[seq]] if seq in kept else [])]
+        reasons = [reason for reason, seqs in always if seq in seqs]
+        if seq in kept:
+            reasons.append(kept[seq] or str(policy))
         decisions.append(Decision(CommitEntry(seq, record), ", ".join(reasons)))
     return decisions
-
-
-def _reasons(history: RunHistory, seq: int) -> Iterator[str]:
-    last_good, source = history.last_good(), history.resume_source()
-    if last_good is not None and last_good.seq == seq:
-        yield "newest"
-    if source is not None and source.seq == seq:
-        yield "resume source"
-    if seq in history.pinned:
-        yield "pinned"
-    if seq in history.quarantined:
-        yield "quarantined"
-
-
-def _candidate(history: RunHistory, entry: CommitEntry, *, is_current: bool) -> Candidate:
-    seq, record = entry
-    source = history.resume_source()
-    return Candidate(
-        seq=seq,
-        step=record.step,
-        generation=record.generation,
-        created_s=_seconds(record.created),
-        metrics=record.trainer.metrics,
-        tags=history.tags_of(seq),
-        is_current=is_current,
-        is_pinned=seq in history.pinned,
-        is_resume_source=source is not None and source.seq == seq,
-    )
 
 
 def _seconds(created: str) -> float:

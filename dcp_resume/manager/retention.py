@@ -77,7 +77,7 @@ def _retire(log: RunLog, policy: RetentionPolicy, target: int, generation: int |
         reason=f"retention: {policy}",
         generation=generation,
         # Records may slip in before ours: the choice must still be right behind them.
-        needs=lambda history: find(decide(history, policy)),
+        objection=lambda history: find(decide(history, policy)),
     )
 
 

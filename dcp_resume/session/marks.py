@@ -30,8 +30,8 @@ from dcp_resume.session.run_log import Appended, RunLog
 
 __all__ = ["drop", "pin", "quarantine", "retire", "tag", "unpin", "untag"]
 
-Needs = Callable[[RunHistory], str]
-"""Why the caller still needs the checkpoint, by the log so far; empty if it does not."""
+Objection = Callable[[RunHistory], str]
+"""Why a checkpoint may not be retired, by the log so far; empty if it may."""
 
 
 def retire(
@@ -40,7 +40,7 @@ def retire(
     *,
     reason: str = "",
     generation: int | None = None,
-    needs: Needs = lambda _: "",
+    objection: Objection = lambda _: "",
 ) -> Appended:
     """Take a checkpoint out of the run, so that its files may be swept.
 
@@ -49,7 +49,7 @@ def retire(
         target: Log number of the commit.
         reason: For people.
         generation: The caller's generation, if a trainer retires; operators have none.
-        needs: Asked at each number that is tried.
+        objection: Asked at each number that is tried; what it says is why the retire is refused.
 
     Returns:
         The record, and the history up to it: a sweep keeps what *that* history's live commits
@@ -58,14 +58,14 @@ def retire(
     Raises:
         CheckpointNotFound: No such commit, or it is retired already.
         RetireRefused: The last good commit, the live resume source, a pinned one, or one that
-            the caller needs.
+            the caller objects to.
         Fenced: A newer incarnation owns the run.
         OutcomeUnknown: The store gave no answer in time; delete nothing.
         StorageError: The store failed; nothing was retired.
     """
 
     def check(history: RunHistory) -> None:
-        why = _need(history, target) if target in history.protected() else needs(history)
+        why = _need(history, target) if target in history.protected() else objection(history)
         if why:
             step = history.commits[target].step
             raise RetireRefused(
@@ -245,5 +245,5 @@ def _need(history: RunHistory, target: int) -> str:
         return "it is pinned"
     last_good = history.last_good()
     if last_good is not None and last_good.seq == target:
-        return "it is the newest, from which the run would resume"
+        return "it is the newest whole one, and must outlive the others"
     return f"the live generation {history.generation} resumed from it"

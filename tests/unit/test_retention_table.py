@@ -82,10 +82,10 @@ def a_damaged_one_does_not_count_and_stays(run):
     run.quarantine(30)
 
 
-@scenario(KeepLast(2), "1:10 1:30 1:40")
+@scenario(KeepLast(2), "1:20 1:30 1:40")
 def pinned_ones_are_set_aside(run):
     run.save(10, 20, 30, 40)
-    run.pin(10)
+    run.pin(30)
 
 
 @scenario(KeepLast(1), "1:40")
