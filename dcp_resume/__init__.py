@@ -13,6 +13,17 @@ if TYPE_CHECKING:
     from dcp_resume.format.leaves import register_enum
     from dcp_resume.manager.checkpoint_manager import CheckpointManager
     from dcp_resume.manager.pending import PendingSave
+    from dcp_resume.manager.policies import (
+        Candidate,
+        KeepAll,
+        KeepBest,
+        KeepEvery,
+        KeepLast,
+        KeepOnePer,
+        KeepTagged,
+        KeepYounger,
+        RetentionPolicy,
+    )
     from dcp_resume.manager.rng import RngState
     from dcp_resume.manager.settings import SaveMode, Settings, WhenBusy
     from dcp_resume.manager.state_digests import digest_tensors
@@ -39,9 +50,17 @@ else:
 
     _HOMES = {
         "Apply": "dcp_resume.session.targets",
+        "Candidate": "dcp_resume.manager.policies",
         "CheckpointManager": "dcp_resume.manager.checkpoint_manager",
         "Declarations": "dcp_resume.planning.declarations",
         "Flat": "dcp_resume.planning.declared",
+        "KeepAll": "dcp_resume.manager.policies",
+        "KeepBest": "dcp_resume.manager.policies",
+        "KeepEvery": "dcp_resume.manager.policies",
+        "KeepLast": "dcp_resume.manager.policies",
+        "KeepOnePer": "dcp_resume.manager.policies",
+        "KeepTagged": "dcp_resume.manager.policies",
+        "KeepYounger": "dcp_resume.manager.policies",
         "LoadOptions": "dcp_resume.session.load",
         "LoadPlanner": "dcp_resume.planning.load_planner",
         "LoadReport": "dcp_resume.session.compare",
@@ -55,6 +74,7 @@ else:
         "Prove": "dcp_resume.session.tensor_digests",
         "Reader": "dcp_resume.session.dcp_reader",
         "ReportItem": "dcp_resume.manifest.report",
+        "RetentionPolicy": "dcp_resume.manager.policies",
         "RetryPolicy": "dcp_resume.storage.retry",
         "RngState": "dcp_resume.manager.rng",
         "SaveMode": "dcp_resume.manager.settings",
@@ -86,9 +106,17 @@ else:
 
 __all__ = [
     "Apply",
+    "Candidate",
     "CheckpointManager",
     "Declarations",
     "Flat",
+    "KeepAll",
+    "KeepBest",
+    "KeepEvery",
+    "KeepLast",
+    "KeepOnePer",
+    "KeepTagged",
+    "KeepYounger",
     "LoadOptions",
     "LoadPlanner",
     "LoadReport",
@@ -102,6 +130,7 @@ __all__ = [
     "Prove",
     "Reader",
     "ReportItem",
+    "RetentionPolicy",
     "RetryPolicy",
     "RngState",
     "SaveMode",

@@ -34,6 +34,7 @@
     │   │   └── ParentRetired                  a checkpoint that this one refers to was retired
     │   ├── CommitUnknown                      the commit's outcome could not be learned in time
     │   └── SaveInProgress                     a save is running and the policy is to refuse
+    ├── RetireRefused                          the run or its policy still needs the checkpoint
     ├── Fenced                                 a newer incarnation of the run has opened the log
     └── RunMismatch                            two different runs share one root
 
@@ -73,6 +74,7 @@ __all__ = [
     "RankErrors",
     "RankSilent",
     "ReplicaMismatch",
+    "RetireRefused",
     "RunMismatch",
     "SaveError",
     "SaveInProgress",
@@ -334,6 +336,14 @@ class SaveInProgress(SaveError):
     """A save is still running and the policy is to refuse a second one."""
 
     running_step: int
+
+
+class RetireRefused(DcpResumeError):
+    """The run, or its retention policy, still needs the checkpoint: nothing was retired."""
+
+    target: int
+    """Log number of its commit."""
+    step: int
 
 
 class Fenced(DcpResumeError):

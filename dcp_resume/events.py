@@ -21,6 +21,7 @@ __all__ = [
     "CheckpointRetired",
     "CheckpointSkipped",
     "Event",
+    "LitterRemoved",
     "LoadFinished",
     "PhaseFinished",
     "RetentionFailed",
@@ -94,15 +95,26 @@ class CheckpointRetired(Event):
     level: ClassVar[int] = logging.INFO
     step: int
     num_bytes: int
-    """Of its data files."""
+    """Of its files, and of older ones' that it alone still needed."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LitterRemoved(Event):
+    """What earlier incarnations left, and no checkpoint needs, was deleted."""
+
+    level: ClassVar[int] = logging.INFO
+    num_files: int
+    num_bytes: int
+    """Of the files; open uploads do not tell theirs."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RetentionFailed(Event):
-    """A checkpoint could not be retired or swept; the commit before it stands."""
+    """A checkpoint or litter could not be removed; the commit stands, the next one tries again."""
 
     level: ClassVar[int] = logging.WARNING
-    step: int
+    step: int | None
+    """Of the checkpoint; None where litter, or the log, is meant."""
     reason: str
 
 

@@ -11,11 +11,13 @@ from dcp_resume.cli.exit_codes import EXIT_CODES_HELP
 from dcp_resume.storage import ObjectStore, open_store
 
 if TYPE_CHECKING:
+    from dcp_resume.session.run_log import RunLog
+
     Verbs = argparse._SubParsersAction[argparse.ArgumentParser]
 
-__all__ = ["Request", "add_step", "add_verb", "open_url", "read_pairs"]
+__all__ = ["Request", "add_step", "add_verb", "add_yes", "open_run", "open_url", "read_pairs"]
 
-Request = int | Literal["latest", "best", "all"]
+Request = int | str
 
 
 def add_verb(
@@ -43,25 +45,35 @@ def add_verb(
 
 
 def add_step(verb: argparse.ArgumentParser, *words: Literal["latest", "best", "all"]) -> None:
-    """Add ``--step``, which is a number or one of ``words``; ``latest`` is the default."""
+    """Add ``--step``: a number, one of ``words``, or a tag; ``latest`` is the default."""
     verb.add_argument(
         "--step",
         type=_step_reader(words),
         default="latest",
-        metavar="|".join(("N", *words)),
+        metavar="|".join(("N", *words, "TAG")),
         help="which checkpoint (default: latest)",
     )
 
 
 def _step_reader(words: Sequence[str]) -> Callable[[str], Request]:
     def read(text: str) -> Request:
-        if text in words:
-            return text  # type: ignore[return-value]
+        from dcp_resume.manifest.records import is_tag_name
+
+        if text in words or is_tag_name(text):
+            return text
         if text.isdecimal():
             return int(text)
-        raise argparse.ArgumentTypeError(f"expected a step or {', '.join(words)}, got {text!r}")
+        expected = ", ".join(("a step", *words))
+        raise argparse.ArgumentTypeError(f"expected {expected} or a tag, got {text!r}")
 
     return read
+
+
+def add_yes(verb: argparse.ArgumentParser) -> None:
+    """Add ``--yes``, without which a verb that deletes only says what it would do."""
+    group = verb.add_mutually_exclusive_group()
+    group.add_argument("--yes", action="store_true", help="do it; without it nothing is changed")
+    group.add_argument("--dry-run", action="store_true", help="change nothing (the default)")
 
 
 def read_pairs(pairs: Sequence[str]) -> dict[str, Any]:
@@ -100,3 +112,27 @@ def open_url(url: str, options: Mapping[str, Any], *, is_strict: bool = True) ->
     """
     is_local = "://" not in url or url.startswith("file://")
     return open_store(url, storage_options=None if is_local and not is_strict else options)
+
+
+def open_run(arguments: argparse.Namespace) -> tuple[ObjectStore, RunLog]:
+    """Open the run that ``url`` and ``storage_option`` name, and read its log.
+
+    Raises:
+        CheckpointNotFound: It has no log.
+        ConfigurationError: The URL or an option cannot work.
+        InvalidDocument: A record of the log is malformed.
+        StorageError: The store failed.
+    """
+    from dcp_resume.errors import CheckpointNotFound
+    from dcp_resume.session.run_log import RunLog
+
+    store = open_url(arguments.url, read_pairs(arguments.storage_option))
+    log = RunLog(store)
+    if not log.refresh().last_seq:
+        raise CheckpointNotFound(
+            f"{store.url} is no run: it has no log. A single checkpoint's directory is shown by "
+            "`dcp-resume inspect`",
+            url=store.url,
+            request="log",
+        )
+    return store, log

@@ -7,12 +7,10 @@ import math
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
-from dcp_resume.cli.arguments import add_verb, open_url, read_pairs
+from dcp_resume.cli.arguments import add_verb, open_run
 from dcp_resume.cli.printing import print_json, print_table, size_text
-from dcp_resume.errors import CheckpointNotFound
 from dcp_resume.manifest.history import RunHistory
 from dcp_resume.manifest.records import CommitRecord
-from dcp_resume.session.run_log import RunLog
 
 if TYPE_CHECKING:
     from dcp_resume.cli.arguments import Verbs
@@ -21,7 +19,8 @@ __all__ = ["add_parser"]
 
 _DESCRIPTION = """\
 List the checkpoints of a run, oldest first. Only the run's log is read, no checkpoint is opened,
-and torch is not loaded. `*` marks the newest one, from which the run would resume.
+and torch is not loaded. `*` marks the newest one, from which the run would resume; pins and tags
+are named behind the state.
 
 Shown are those on the current line: what the live generation descends from. With --all also
   rolled back   left behind when a later generation resumed from an older step
@@ -50,15 +49,8 @@ def add_parser(verbs: Verbs) -> None:
 
 
 def _run(arguments: argparse.Namespace) -> int:
-    store = open_url(arguments.url, read_pairs(arguments.storage_option))
-    history = RunLog(store).refresh()
-    if not history.last_seq:
-        raise CheckpointNotFound(
-            f"{store.url} is no run: it has no log. A single checkpoint's directory is shown by "
-            "`dcp-resume inspect`",
-            url=store.url,
-            request="log",
-        )
+    store, log = open_run(arguments)
+    history = log.history
     states = dict(_states(history))
     chosen = [seq for seq, state in states.items() if arguments.all or state == "current"]
     newest = history.newest()
@@ -77,6 +69,7 @@ def _run(arguments: argparse.Namespace) -> int:
     for row, seq in zip(rows, chosen, strict=True):
         row[0] = "*" if newest and newest.seq == seq else ""
         row[-1] += ", pinned" if seq in history.pinned else ""
+        row[-1] += "".join(f", {name}" for name in history.tags_of(seq))
     print_table(_COLUMNS, rows)
     return 0
 
@@ -105,6 +98,7 @@ def _document(history: RunHistory, seq: int, state: str) -> dict[str, object]:
         "state": state,
         "is_newest": newest is not None and newest.seq == seq,
         "is_pinned": seq in history.pinned,
+        "tags": list(history.tags_of(seq)),
         "trainer": {
             name: getattr(record.trainer, name) for name in type(record.trainer).model_fields
         },

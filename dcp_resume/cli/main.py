@@ -15,7 +15,7 @@ from dcp_resume.errors import DcpResumeError
 __all__ = ["main"]
 
 _DESCRIPTION = """\
-Look at, prove and reshard the checkpoints of a training run. URL is a path, file://, s3://bucket/…
+Look at, prove, reshard and prune the checkpoints of a training run. URL is a path, file://, s3://bucket/…
 or another URL that fsspec knows; credentials come from the environment, as for any AWS client.
 """
 _EPILOG = f"""\
@@ -61,7 +61,15 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _parser() -> argparse.ArgumentParser:
     # Imported here, so that Ctrl-C during the tenths of a second this takes ends without a trace.
-    from dcp_resume.cli import inspect_checkpoint, list_run, reshard_checkpoint, verify_checkpoint
+    from dcp_resume.cli import (
+        collect_litter,
+        inspect_checkpoint,
+        list_run,
+        mark_checkpoint,
+        prune_run,
+        reshard_checkpoint,
+        verify_checkpoint,
+    )
 
     parser = argparse.ArgumentParser(
         prog="dcp-resume",
@@ -70,7 +78,8 @@ def _parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     verbs = parser.add_subparsers(title="verbs", metavar="VERB", required=True)
-    for module in (list_run, inspect_checkpoint, verify_checkpoint, reshard_checkpoint):
+    modules = (list_run, inspect_checkpoint, verify_checkpoint, reshard_checkpoint)
+    for module in (*modules, prune_run, mark_checkpoint, collect_litter):
         module.add_parser(verbs)
     return parser
 

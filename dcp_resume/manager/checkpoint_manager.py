@@ -28,7 +28,7 @@ from dcp_resume.manager.choosing import (
 from dcp_resume.manager.drift import optimizer_facts, precision_facts
 from dcp_resume.manager.loading import load_located
 from dcp_resume.manager.pending import PendingSave, refuse_if_busy
-from dcp_resume.manager.retention import retire_surplus
+from dcp_resume.manager.retention import Retention
 from dcp_resume.manager.settings import SaveMode, Settings, WhenBusy
 from dcp_resume.manager.stateful import Bound, bind_state, choose_state, declarations_of
 from dcp_resume.manager.trainer_state import (
@@ -39,9 +39,9 @@ from dcp_resume.manager.trainer_state import (
 )
 from dcp_resume.manifest.history import CommitEntry, RunHistory
 from dcp_resume.session.attempt import Run
-from dcp_resume.session.commit import quarantine
 from dcp_resume.session.documents import Facts
 from dcp_resume.session.load import LoadOptions, LoadResult, Located, locate
+from dcp_resume.session.marks import quarantine
 from dcp_resume.session.ownership import own_run
 from dcp_resume.session.ranks import Ranks
 from dcp_resume.session.run_log import RunLog
@@ -103,6 +103,7 @@ class CheckpointManager:
         self._ranks = Ranks()
         self._pool = BufferPool()
         self._background = ThreadPoolExecutor(1, "dcp-resume-save")
+        self._retention = Retention(self.settings.retention_policy)
         self._run: Run | None = None
         self._loaded_seq: int | None = None
         self._pending: PendingSave | None = None
@@ -174,17 +175,14 @@ class CheckpointManager:
         return self._pending
 
     def wait(self, timeout_s: float | None = None) -> None:
-        """Wait until no save is running.
+        """Wait until no save is running, and what it made superfluous is deleted.
 
         Raises:
             TimeoutError: Still running after ``timeout_s``.
             SaveError: The save did not commit, and its ``result`` has not said so yet.
         """
-        if self._pending is not None:
-            pending = self._pending
-            pending.wait(timeout_s)
-            self._pending = None
-            pending.raise_unseen()
+        self._settle(timeout_s)
+        self._retention.wait(timeout_s)
 
     # Finding.
 
@@ -219,7 +217,7 @@ class CheckpointManager:
 
         Args:
             state: As for ``save``; tensors are written in place.
-            step: A step, ``latest`` or ``best``.
+            step: A step, ``latest``, ``best`` or a tag.
             options: Instead of those of the settings.
 
         Raises:
@@ -253,8 +251,7 @@ class CheckpointManager:
             The load; None for a run that has no checkpoint yet and ``latest`` was asked.
 
         Raises:
-            CheckpointNotFound: ``best`` or a step was asked and is not there, or every checkpoint
-                is quarantined.
+            CheckpointNotFound: What was asked is not there, or every checkpoint is quarantined.
             LoadRefused: It does not fit the state; nothing changed.
             InvalidCheckpoint: The asked step is damaged, or no older checkpoint is whole.
             UnsupportedFormat: A newer version wrote it; it is left as it is.
@@ -311,6 +308,7 @@ class CheckpointManager:
             self.wait()
         finally:
             self._background.shutdown()
+            self._retention.close()
             self._pool.clear()
             self._store.close()
 
@@ -338,7 +336,14 @@ class CheckpointManager:
     def _finish_previous(self, step: int) -> None:
         if self._pending is not None and self.settings.when_busy is WhenBusy.REFUSE:
             refuse_if_busy(self._votes(step), step, self._pending)
-        self.wait()
+        self._settle()
+
+    def _settle(self, timeout_s: float | None = None) -> None:
+        if self._pending is not None:
+            pending = self._pending
+            pending.wait(timeout_s)
+            self._pending = None
+            pending.raise_unseen()
 
     def _load(
         self,
@@ -379,7 +384,7 @@ class CheckpointManager:
             emit(SaveFailed(step=step, reason=str(error)))
             raise
         if self._ranks.rank == 0 and self._run is not None:
-            retire_surplus(self._run, self.settings.max_checkpoint_keep)
+            self._retention.start(self._store, self._log, self._run.opened.generation)
         return result
 
     def _skip(self, source: int, error: Damage) -> None:

@@ -1,4 +1,4 @@
-"""Which checkpoint answers a request: a step, the newest, or the best by a metric."""
+"""Which checkpoint answers a request: a step, the newest, the best by a metric, or a tag."""
 
 from __future__ import annotations
 
@@ -13,10 +13,12 @@ from dcp_resume.errors import (
 )
 from dcp_resume.manager.settings import Settings
 from dcp_resume.manifest.history import CommitEntry, RunHistory
+from dcp_resume.manifest.records import is_tag_name
 
 __all__ = ["Damage", "Request", "find_commit", "resume_source", "uncovered"]
 
-Request = int | Literal["latest", "best"]
+Request = int | str
+"""A step, ``latest``, ``best``, or a tag."""
 Damage = InvalidCheckpoint | PartialLoad
 
 
@@ -34,14 +36,17 @@ def find_commit(history: RunHistory, request: Request, settings: Settings, url: 
         entry = history.best(settings.monitor, mode)
     elif isinstance(request, int):
         entry = history.find_step(request, is_any_line=True)
+    elif isinstance(request, str) and is_tag_name(request):
+        entry = history.find_tag(request)
     else:
         raise ConfigurationError(
-            f"step must be an integer, 'latest' or 'best', got {request!r}", option="step"
+            f"step must be an integer, 'latest', 'best' or a tag, got {request!r}", option="step"
         )
     if entry is None:
         steps = [e.record.step for e in history.lineage()]
+        tags = f" and tags {sorted(history.tags)}" if history.tags else ""
         raise CheckpointNotFound(
-            f"{url} has no usable checkpoint for {request!r}; it has steps {steps[::-1]}",
+            f"{url} has no usable checkpoint for {request!r}; it has steps {steps[::-1]}{tags}",
             url=url,
             request=str(request),
         )

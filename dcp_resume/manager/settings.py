@@ -8,6 +8,7 @@ from enum import Enum
 from typing import Any
 
 from dcp_resume.errors import ConfigurationError
+from dcp_resume.manager.policies import KeepAll, KeepLast, RetentionPolicy
 from dcp_resume.manager.stateful import OptimizerState
 from dcp_resume.planning.declarations import Declarations
 from dcp_resume.session.load import LoadOptions
@@ -45,7 +46,9 @@ class Settings:
     save_interval: int = 0
     """Steps between saves for ``should_save``; 0 saves only when asked."""
     max_checkpoint_keep: int = 0
-    """Checkpoints of the run that remain after a commit, the oldest retired first; 0 keeps all."""
+    """Short for ``retention=KeepLast(…)``: checkpoints that remain after a commit; 0 keeps all."""
+    retention: RetentionPolicy = field(default_factory=KeepAll)
+    """Which checkpoints remain after a commit; the others are deleted in the background."""
     save_optimizer_state: OptimizerState = OptimizerState.AS_GIVEN
     load_optimizer_state: OptimizerState = OptimizerState.AS_GIVEN
     mode: SaveMode = SaveMode.BACKGROUND
@@ -68,10 +71,24 @@ class Settings:
             raise _wrong("save_interval", self.save_interval, "0 or more steps")
         if self.max_checkpoint_keep < 0:
             raise _wrong("max_checkpoint_keep", self.max_checkpoint_keep, "0 or more checkpoints")
+        if self.max_checkpoint_keep and self.retention != KeepAll():
+            raise ConfigurationError(
+                f"max_checkpoint_keep={self.max_checkpoint_keep} and retention={self.retention} "
+                "are both given, and one would undo the other. Give retention alone: "
+                f"KeepLast({self.max_checkpoint_keep}) | …",
+                option="retention",
+            )
         if self.deadline_s <= 0:
             raise _wrong("deadline_s", self.deadline_s, "more than 0 seconds")
         if self.monitor_mode not in ("min", "max"):
             raise _wrong("monitor_mode", self.monitor_mode, "'min' or 'max'")
+
+    @property
+    def retention_policy(self) -> RetentionPolicy:
+        """The policy that ``max_checkpoint_keep`` or ``retention`` asks for."""
+        if self.max_checkpoint_keep:
+            return KeepLast(self.max_checkpoint_keep)
+        return self.retention
 
 
 def _wrong(option: str, value: object, expected: str) -> ConfigurationError:

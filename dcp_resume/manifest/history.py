@@ -20,12 +20,15 @@ from dcp_resume.errors import InvalidDocument, Problem, RunMismatch
 from dcp_resume.manifest.keys import log_key
 from dcp_resume.manifest.records import (
     CommitRecord,
+    DropRecord,
     LogRecord,
     OpenRecord,
     PinRecord,
     QuarantineRecord,
     RetireRecord,
+    TagRecord,
     UnpinRecord,
+    UntagRecord,
 )
 
 __all__ = ["CommitEntry", "RunHistory"]
@@ -59,6 +62,10 @@ class RunHistory:
     """Quarantined commit → log number of its first ``quarantine``."""
     pinned: Mapping[int, int] = field(default_factory=dict)
     """Pinned commit → log number of the ``pin`` in force."""
+    tags: Mapping[str, int] = field(default_factory=dict)
+    """Name → the commit that it means, retired or not."""
+    dropped: Mapping[str, int] = field(default_factory=dict)
+    """Attempt that never may commit → log number of its first ``drop``."""
     ignored: Mapping[int, str] = field(default_factory=dict)
     """Records that do not count, with the reason; none exists unless a writer broke the rules."""
 
@@ -125,6 +132,15 @@ class RunHistory:
                     return CommitEntry(seq, record)
         return None
 
+    def find_tag(self, name: str) -> CommitEntry | None:
+        """The usable commit that a tag means."""
+        seq = self.tags.get(name, 0)
+        return CommitEntry(seq, self.commits[seq]) if self.is_usable(seq) else None
+
+    def tags_of(self, seq: int) -> tuple[str, ...]:
+        """The names of a commit, sorted."""
+        return tuple(sorted(name for name, target in self.tags.items() if target == seq))
+
     def find_attempt(self, attempt: str) -> CommitEntry | None:
         """The commit of an attempt, retired or not; None if the attempt never committed."""
         return next((e for e in self._youngest_first() if e.record.attempt == attempt), None)
@@ -153,10 +169,23 @@ class RunHistory:
             target for record in self.live_commits().values() for target in record.references
         )
 
+    def last_good(self) -> CommitEntry | None:
+        """The checkpoint that must outlive all others.
+
+        It is the newest, or where the lineage has none, the youngest that a rollback left behind.
+        """
+        usable = (entry for entry in self._youngest_first() if self.is_usable(entry.seq))
+        return self.newest() or next(usable, None)
+
+    def resume_source(self) -> CommitEntry | None:
+        """What the live generation resumed from; None if it began anew."""
+        seq = self.sources.get(self.generation)
+        return CommitEntry(seq, self.commits[seq]) if seq else None
+
     def protected(self) -> frozenset[int]:
-        """Live commits that must not be retired: newest, live resume source, pinned."""
-        newest, source = self.newest(), self.sources.get(self.generation)
-        kept = {*self.pinned, *([newest.seq] if newest else []), *([source] if source else [])}
+        """Live commits that must not be retired: last good, live resume source, pinned."""
+        needed = (self.last_good(), self.resume_source())
+        kept = {*self.pinned, *(entry.seq for entry in needed if entry)}
         return frozenset(kept - self.retired.keys())
 
     def _youngest_first(self) -> Iterator[CommitEntry]:
@@ -176,6 +205,8 @@ class _Fold:
         self._retired = dict(history.retired)
         self._quarantined = dict(history.quarantined)
         self._pinned = dict(history.pinned)
+        self._tags = dict(history.tags)
+        self._dropped = dict(history.dropped)
         self._ignored = dict(history.ignored)
         self._steps = {(record.generation, record.step) for record in history.commits.values()}
 
@@ -190,6 +221,8 @@ class _Fold:
             retired=self._retired,
             quarantined=self._quarantined,
             pinned=self._pinned,
+            tags=self._tags,
+            dropped=self._dropped,
             ignored=self._ignored,
         )
 
@@ -203,6 +236,10 @@ class _Fold:
             self._open(seq, record)
         elif isinstance(record, CommitRecord):
             self._commit(seq, record)
+        elif isinstance(record, DropRecord):
+            self._drop(seq, record)
+        elif isinstance(record, UntagRecord):
+            self._tags.pop(record.name, None)
         else:
             self._mark(seq, record)
         self._last_seq = seq
@@ -242,12 +279,25 @@ class _Fold:
             )
         elif place in self._steps:
             self._ignored[seq] = f"second commit of step {record.step} in one generation"
+        elif record.attempt in self._dropped:
+            # Its files may be gone: they were swept after the drop.
+            drop = self._dropped[record.attempt]
+            self._ignored[seq] = f"commit of an attempt that record {drop} dropped"
         else:
             self._steps.add(place)
             self._commits[seq] = record
 
+    def _drop(self, seq: int, record: DropRecord) -> None:
+        committed = {commit.attempt for commit in self._commits.values()} & {*record.attempts}
+        if committed:
+            self._ignored[seq] = f"drop of {', '.join(sorted(committed))}, committed before it"
+        for attempt in {*record.attempts} - committed:
+            self._dropped.setdefault(attempt, seq)
+
     def _mark(
-        self, seq: int, record: RetireRecord | PinRecord | UnpinRecord | QuarantineRecord
+        self,
+        seq: int,
+        record: RetireRecord | PinRecord | UnpinRecord | QuarantineRecord | TagRecord,
     ) -> None:
         if record.target not in self._commits:
             self._ignored[seq] = f"{record.kind} of {record.target}, which is no commit before it"
@@ -257,6 +307,8 @@ class _Fold:
             self._quarantined.setdefault(record.target, seq)
         elif isinstance(record, PinRecord):
             self._pinned[record.target] = seq
+        elif isinstance(record, TagRecord):
+            self._tags[record.name] = record.target
         else:
             self._pinned.pop(record.target, None)
 

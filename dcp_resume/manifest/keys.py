@@ -18,6 +18,8 @@ __all__ = [
     "INDEX_NAME",
     "LOG_PREFIX",
     "MANIFEST_NAME",
+    "PROBE_PREFIX",
+    "STEP_PREFIX",
     "attempt_prefix",
     "data_file_name",
     "is_relative_key",
@@ -28,6 +30,10 @@ __all__ = [
 ]
 
 LOG_PREFIX = "log/"
+STEP_PREFIX = "step-"
+"""Every attempt lies below a key that begins with it."""
+PROBE_PREFIX = "probe/"
+"""Short-lived keys by which a store is tested."""
 MANIFEST_NAME = "manifest.json"
 CATALOG_NAME = "catalog.json"
 INDEX_NAME = "chunk-index"

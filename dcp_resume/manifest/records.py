@@ -5,6 +5,7 @@ A ``commit`` record is THE COMMIT of a checkpoint: nothing else makes an attempt
 
 from __future__ import annotations
 
+import re
 from typing import Annotated, Any, Literal
 
 from pydantic import Field, TypeAdapter
@@ -13,14 +14,31 @@ from dcp_resume.manifest.models import Count, Document, DocumentRef, FormatMark,
 
 __all__ = [
     "CommitRecord",
+    "DropRecord",
     "LogRecord",
     "OpenRecord",
     "PinRecord",
     "QuarantineRecord",
     "RetireRecord",
+    "TagRecord",
     "UnpinRecord",
+    "UntagRecord",
+    "is_tag_name",
     "log_record_adapter",
 ]
+
+
+_TAG_NAME = r"^[a-z][a-z0-9._-]{0,63}$"
+_SELECTORS = frozenset({"latest", "best", "all"})
+
+
+def is_tag_name(name: str) -> bool:
+    """Whether a tag may have this name: it must not read as a step or as a selector.
+
+    >>> [is_tag_name(name) for name in ("before-lr-drop", "latest", "400")]
+    [True, False, False]
+    """
+    return re.match(_TAG_NAME, name) is not None and name not in _SELECTORS
 
 
 class Record(Document):
@@ -93,8 +111,38 @@ class QuarantineRecord(Record):
     reason: str = ""
 
 
+class TagRecord(Record):
+    """A checkpoint gets a name; a name that is in use moves to it."""
+
+    kind: Literal["tag"] = "tag"
+    target: Count
+    name: Annotated[str, Field(pattern=_TAG_NAME)]
+
+
+class UntagRecord(Record):
+    """A name means no checkpoint any more."""
+
+    kind: Literal["untag"] = "untag"
+    name: Annotated[str, Field(pattern=_TAG_NAME)]
+
+
+class DropRecord(Record):
+    """Attempts that never committed are given up: they never will, and may be swept."""
+
+    kind: Literal["drop"] = "drop"
+    attempts: tuple[str, ...] = Field(strict=False)
+
+
 LogRecord = Annotated[
-    OpenRecord | CommitRecord | RetireRecord | PinRecord | UnpinRecord | QuarantineRecord,
+    OpenRecord
+    | CommitRecord
+    | RetireRecord
+    | PinRecord
+    | UnpinRecord
+    | QuarantineRecord
+    | TagRecord
+    | UntagRecord
+    | DropRecord,
     Field(discriminator="kind"),
 ]
 

@@ -1,9 +1,8 @@
-"""The rules of the run's log: who may append which record.
+"""The rules of the run's log for ``open`` and ``commit``; ``marks.py`` has those of other records.
 
 ``open``        one append chooses the resume source and takes the run over
-``commit``      refused to a fenced writer, for a step committed before, and for lost references
-``retire``      refused for what the run needs: newest commit, live resume source, pinned ones
-``pin`` …       for commits that exist
+``commit``      refused to a fenced writer, for a step committed before, for lost references, and
+                for an attempt that was given up
 
 Each rule is checked again at every number that is tried. A commit has three outcomes: ``Committed``
 is returned; ``CommitRefused``, ``Fenced`` or a ``StorageError`` is raised where it certainly did
@@ -31,23 +30,17 @@ from dcp_resume.manifest.records import (
     CommitRecord,
     LogRecord,
     OpenRecord,
-    PinRecord,
-    QuarantineRecord,
-    RetireRecord,
-    UnpinRecord,
 )
-from dcp_resume.session.run_log import Appended, RunLog
+from dcp_resume.session.run_log import RunLog
 
 __all__ = [
     "Committed",
     "Opened",
+    "check_owner",
     "choose_newest",
     "commit",
+    "no_checkpoint",
     "open_run",
-    "pin",
-    "quarantine",
-    "retire",
-    "unpin",
 ]
 
 
@@ -97,7 +90,7 @@ def open_run(
     def build(history: RunHistory) -> LogRecord:
         source = choose(history)
         if source is not None and not history.is_usable(source):
-            raise _no_checkpoint(log, source, "it is no usable commit of this run")
+            raise no_checkpoint(log, source, "it is no usable commit of this run")
         return OpenRecord(
             run=log.run,
             created=log.timestamp(),
@@ -144,8 +137,8 @@ def commit(
 
     Raises:
         ParentRetired: A checkpoint that the attempt refers to was retired or quarantined since.
-        CommitRefused: The step is committed already, the references are not the parent's, or an
-            earlier record's outcome is still unknown.
+        CommitRefused: The step is committed already, the attempt was dropped as litter, the
+            references are not the parent's, or an earlier record's outcome is still unknown.
         CommitUnknown: The store gave no answer in time; call again with the same ``attempt``.
         Fenced: A newer incarnation owns the run.
         StorageError: The store failed; the attempt certainly did not commit.
@@ -153,8 +146,9 @@ def commit(
     wanted = tuple(sorted(set(references)))
 
     def check(history: RunHistory) -> None:
-        _check_owner(history, generation)
+        check_owner(history, generation)
         _check_step_is_free(history, generation, step)
+        _check_not_dropped(history, step, attempt)
         _check_references(history, step, parent, wanted, planned_at)
 
     def build(_: RunHistory) -> LogRecord:
@@ -183,121 +177,13 @@ def commit(
     return Committed(appended.seq, appended.record)
 
 
-def retire(
-    log: RunLog, target: int, *, reason: str = "", generation: int | None = None
-) -> Appended:
-    """Take a checkpoint out of the run, so that its files may be swept.
-
-    Args:
-        log: The run's log.
-        target: Log number of the commit.
-        reason: For people.
-        generation: The caller's generation, if a trainer retires; operators have none.
-
-    Returns:
-        The record, and the history up to it: a sweep keeps what *that* history's live commits
-        refer to, and deletes the other keys of the retired catalog, never by prefix.
+def check_owner(history: RunHistory, generation: int) -> None:
+    """Refuse whoever does not own the run.
 
     Raises:
-        CheckpointNotFound: No such commit, or it is retired already.
-        ConfigurationError: The newest commit, the live resume source or a pinned one.
-        Fenced: A newer incarnation owns the run.
-        OutcomeUnknown: The store gave no answer in time; delete nothing.
-        StorageError: The store failed; nothing was retired.
+        Fenced: A newer incarnation does.
+        ConfigurationError: ``generation`` did not open it.
     """
-
-    def check(history: RunHistory) -> None:
-        if target in history.protected():
-            raise ConfigurationError(
-                f"cannot retire checkpoint {target} of {log.url}: {_need(history, target)}. "
-                "Choose another one.",
-                option="target",
-            )
-
-    def build(_: RunHistory) -> LogRecord:
-        return RetireRecord(run=log.run, created=log.timestamp(), target=target, reason=reason)
-
-    return _mark(log, target, generation, build, check)
-
-
-def quarantine(
-    log: RunLog, target: int, *, reason: str = "", generation: int | None = None
-) -> Appended:
-    """Say that a checkpoint is damaged: nobody resumes from it, and its files are kept.
-
-    Raises:
-        CheckpointNotFound: No such commit, or it is retired already.
-        Fenced: ``generation`` is given, and a newer incarnation owns the run.
-        OutcomeUnknown: The store gave no answer in time.
-        StorageError: The store failed; nothing was quarantined.
-    """
-
-    def build(_: RunHistory) -> LogRecord:
-        return QuarantineRecord(run=log.run, created=log.timestamp(), target=target, reason=reason)
-
-    return _mark(log, target, generation, build)
-
-
-def pin(log: RunLog, target: int, *, label: str = "") -> Appended:
-    """Keep a checkpoint whatever the retention policy says.
-
-    Raises:
-        CheckpointNotFound: No such commit, or it is retired already.
-        OutcomeUnknown: The store gave no answer in time.
-        StorageError: The store failed; nothing was pinned.
-    """
-
-    def build(_: RunHistory) -> LogRecord:
-        return PinRecord(run=log.run, created=log.timestamp(), target=target, label=label)
-
-    return _mark(log, target, None, build)
-
-
-def unpin(log: RunLog, target: int) -> Appended:
-    """Lift a pin.
-
-    Raises:
-        CheckpointNotFound: No such commit, or it is retired already.
-        ConfigurationError: It is not pinned.
-        OutcomeUnknown: The store gave no answer in time.
-        StorageError: The store failed; the pin holds.
-    """
-
-    def check(history: RunHistory) -> None:
-        if target not in history.pinned:
-            raise ConfigurationError(
-                f"cannot unpin checkpoint {target} of {log.url}: it is not pinned; pinned are "
-                f"{sorted(history.pinned)}. Choose one of them.",
-                option="target",
-            )
-
-    def build(_: RunHistory) -> LogRecord:
-        return UnpinRecord(run=log.run, created=log.timestamp(), target=target)
-
-    return _mark(log, target, None, build, check)
-
-
-def _mark(
-    log: RunLog,
-    target: int,
-    generation: int | None,
-    build: Callable[[RunHistory], LogRecord],
-    check: Callable[[RunHistory], None] = lambda _: None,
-) -> Appended:
-    def check_all(history: RunHistory) -> None:
-        if generation is not None:
-            _check_owner(history, generation)
-        if target not in history.commits:
-            raise _no_checkpoint(log, target, "the log has no such commit")
-        if target in history.retired:
-            raise _no_checkpoint(log, target, f"record {history.retired[target]} retired it")
-        check(history)
-
-    log.refresh()
-    return log.append(build, check_all)
-
-
-def _check_owner(history: RunHistory, generation: int) -> None:
     # Generations only grow, so whoever was fenced once is refused here for good.
     if history.generation > generation:
         raise Fenced(
@@ -322,6 +208,16 @@ def _check_step_is_free(history: RunHistory, generation: int, step: int) -> None
                 f"{generation} committed it as log record {seq}. Save a later step.",
                 step=step,
             )
+
+
+def _check_not_dropped(history: RunHistory, step: int, attempt: str) -> None:
+    if attempt in history.dropped:
+        raise CommitRefused(
+            f"cannot commit step {step}: log record {history.dropped[attempt]} gave its attempt "
+            f"{attempt} up as litter, and its files may be gone. Save again, and collect litter "
+            "with a longer grace time than a save takes.",
+            step=step,
+        )
 
 
 def _check_references(
@@ -356,16 +252,8 @@ def _check_references(
             )
 
 
-def _need(history: RunHistory, target: int) -> str:
-    if target in history.pinned:
-        return "it is pinned"
-    newest = history.newest()
-    if newest is not None and newest.seq == target:
-        return "it is the newest, from which the run would resume"
-    return f"the live generation {history.generation} resumed from it"
-
-
-def _no_checkpoint(log: RunLog, target: int, why: str) -> CheckpointNotFound:
+def no_checkpoint(log: RunLog, target: int, why: str) -> CheckpointNotFound:
+    """The error for a log number that is no checkpoint."""
     return CheckpointNotFound(
         f"no checkpoint {target} in {log.url}: {why}. `dcp-resume ls` shows which there are.",
         url=log.url,

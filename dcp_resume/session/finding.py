@@ -2,26 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Literal
-
 from dcp_resume.errors import CheckpointNotFound, InvalidDocument, KeyNotFound, ShortRead
-from dcp_resume.manifest.history import CommitEntry, RunHistory
 from dcp_resume.manifest.keys import MANIFEST_NAME
 from dcp_resume.manifest.wire import MAX_MANIFEST_BYTES, decode_manifest
 from dcp_resume.session.load import Located
 from dcp_resume.session.run_log import RunLog
+from dcp_resume.session.selecting import Request, select_commits
 from dcp_resume.storage import ObjectStore
 
-__all__ = ["Request", "find_checkpoints"]
-
-Request = int | Literal["latest", "best", "all"]
+__all__ = ["find_checkpoints"]
 
 
 def find_checkpoints(store: ObjectStore, request: Request) -> list[Located]:
-    """The checkpoints that answer a request: one, or with ``all`` every one that was not retired.
-
-    A step that is quarantined answers only where no other checkpoint of that step does.
+    """The checkpoints that answer a request; see ``select_commits``.
 
     Raises:
         CheckpointNotFound: None answers, or there is neither a log nor a manifest.
@@ -31,31 +24,7 @@ def find_checkpoints(store: ObjectStore, request: Request) -> list[Located]:
     history = RunLog(store).refresh()
     if not history.last_seq:
         return [_alone(store, request)]
-    finders: dict[Request, Callable[[RunHistory], CommitEntry | None]] = {
-        "latest": RunHistory.newest,
-        "best": RunHistory.best,
-    }
-    if request == "all":
-        entries = [CommitEntry(*item) for item in sorted(history.live_commits().items())]
-    elif isinstance(request, int):
-        usable = history.find_step(request, is_any_line=True)
-        entries = [usable] if usable else _quarantined(history, request)
-    else:
-        entries = [e for e in (finders[request](history),) if e]
-    if not entries:
-        steps = sorted({record.step for record in history.live_commits().values()})
-        raise CheckpointNotFound(
-            f"{store.url} has no usable checkpoint for {request!r}; it has steps {steps}",
-            url=store.url,
-            request=str(request),
-        )
-    return [Located.of(entry) for entry in entries]
-
-
-def _quarantined(history: RunHistory, step: int) -> list[CommitEntry]:
-    """The youngest damaged checkpoint of a step: to be looked at, since its files are kept."""
-    live = sorted(history.live_commits().items(), reverse=True)
-    return [CommitEntry(seq, record) for seq, record in live if record.step == step][:1]
+    return [Located.of(entry) for entry in select_commits(history, request, store.url)]
 
 
 def _alone(store: ObjectStore, request: Request) -> Located:
@@ -71,11 +40,11 @@ def _alone(store: ObjectStore, request: Request) -> Located:
         ) from error
     except ShortRead as error:
         raise InvalidDocument(f"{MANIFEST_NAME} is too large: {error}", problems=()) from error
-    if isinstance(request, int):
+    if request not in ("latest", "best", "all"):
         step = decode_manifest(data, MANIFEST_NAME).step
         if step != request:
             raise CheckpointNotFound(
-                f"{store.url} holds step {step} alone, not {request}",
+                f"{store.url} holds step {step} alone, not {request!r}",
                 url=store.url,
                 request=str(request),
             )

@@ -4,6 +4,7 @@ Everything above this package sees only the protocol ``ObjectStore`` and gets on
 ``open_store``. Importing the package loads no backend; ``open_store`` loads the one it needs.
 """
 
+from dcp_resume.storage.clock import read_clock
 from dcp_resume.storage.object_store import ByteRange, ObjectInfo, ObjectStore, RangeRead
 from dcp_resume.storage.opening import open_store
 from dcp_resume.storage.probe import check_exclusive_create
@@ -17,4 +18,5 @@ __all__ = [
     "RetryPolicy",
     "check_exclusive_create",
     "open_store",
+    "read_clock",
 ]

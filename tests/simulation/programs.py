@@ -11,23 +11,29 @@ import itertools
 import json
 from collections.abc import Callable, Mapping
 from datetime import UTC, datetime
+from functools import partial
 
 from dcp_resume.errors import (
     CheckpointNotFound,
     CommitRefused,
     CommitUnknown,
-    ConfigurationError,
     DcpResumeError,
     OutcomeUnknown,
+    RetireRefused,
     StorageError,
 )
+from dcp_resume.manager.policies import RetentionPolicy
+from dcp_resume.manager.retention import prune
 from dcp_resume.manifest.history import CommitEntry, RunHistory
 from dcp_resume.manifest.keys import attempt_prefix, log_key
 from dcp_resume.manifest.models import DocumentRef, TrainerFacts
 from dcp_resume.manifest.records import CommitRecord, LogRecord, OpenRecord
 from dcp_resume.manifest.wire import encode
 from dcp_resume.session import commit as rules
+from dcp_resume.session import marks
+from dcp_resume.session.litter import Litter, find_litter, remove_litter
 from dcp_resume.session.run_log import RunLog
+from dcp_resume.session.sweep import sweep
 
 from .scripted import Program, ScriptedStore
 
@@ -37,7 +43,8 @@ NOW = datetime(2026, 1, 1, tzinfo=UTC)
 
 MakeLog = Callable[..., RunLog]
 ChooseParent = Callable[[RunHistory], CommitEntry | None]
-Sweep = Callable[[ScriptedStore, RunHistory, int], None]
+Sweep = Callable[[ScriptedStore, RunHistory, int], object]
+Remove = Callable[[ScriptedStore, RunLog, Litter], object]
 
 
 def catalog_key(record: CommitRecord) -> str:
@@ -122,15 +129,32 @@ def _save(
     )
 
 
-def sweep_unneeded(store: ScriptedStore, history: RunHistory, target: int) -> None:
-    """Delete the keys of the retired catalog that no live checkpoint needs."""
+def needs(store: ScriptedStore, record: CommitRecord) -> frozenset[str]:
+    """What the simulated catalog of a checkpoint names."""
+    return frozenset(json.loads(store.read(catalog_key(record), max_bytes=2**20)))
 
-    def needed(record: CommitRecord) -> list[str]:
-        keys: list[str] = json.loads(store.read(catalog_key(record), max_bytes=2**20))
-        return keys
 
-    marked = {key for record in history.live_commits().values() for key in needed(record)}
-    store.delete(set(needed(history.commits[target])) - marked)
+sweep_unneeded: Sweep = partial(sweep, needs=needs)
+
+
+def cleaner(
+    *, make_log: MakeLog = RunLog, remove: Remove = remove_litter, rounds: int = 1
+) -> Program:
+    """Removes litter, without any grace: what it finds may be about to commit."""
+
+    def program(store: ScriptedStore) -> object:
+        log = new_log(store, make_log, 2)
+        log.refresh()
+        store.go_live()
+        for _ in range(rounds):
+            litter = find_litter(store, log, until_s=0.0, needs=needs)
+            try:
+                remove(store, log, litter)
+            except OutcomeUnknown:
+                continue
+        return None
+
+    return program
 
 
 def pruner(
@@ -152,11 +176,23 @@ def pruner(
             if not spare:
                 return None
             try:
-                retired = rules.retire(log, spare[0])
-            except (CheckpointNotFound, ConfigurationError, OutcomeUnknown):
+                retired = marks.retire(log, spare[0])
+            except (CheckpointNotFound, RetireRefused, OutcomeUnknown):
                 continue
             sweep(store, retired.history, spare[0])
         return None
+
+    return program
+
+
+def policy_pruner(policy: RetentionPolicy, *, make_log: MakeLog = RunLog) -> Program:
+    """``dcp-resume prune``, or a trainer's retention, with this policy."""
+
+    def program(store: ScriptedStore) -> object:
+        log = new_log(store, make_log, 2)
+        log.refresh()
+        store.go_live()
+        return [pruned.is_retired for pruned in prune(store, log, policy)]
 
     return program
 
@@ -169,7 +205,7 @@ def quarantiner(target: int, *, make_log: MakeLog = RunLog) -> Program:
         log.refresh()
         store.go_live()
         try:
-            rules.quarantine(log, target)
+            marks.quarantine(log, target)
         except DcpResumeError as error:
             return repr(error)
         return None

@@ -86,6 +86,12 @@ class ScriptedStore:
         for key in sorted(keys):
             self._ask(Question("delete", key))
 
+    def unfinished(self, prefix: str) -> Iterator[ObjectInfo]:
+        return iter(())  # writes are whole or nothing here
+
+    def discard(self, unfinished: Iterable[ObjectInfo]) -> None:
+        assert not list(unfinished)
+
     def _ask(self, question: Question) -> object:
         if self._is_live:
             kind, value = next(self._script, (None, None))

@@ -4,11 +4,19 @@ from __future__ import annotations
 
 import pytest
 
-from .programs import initial_objects, pruner, quarantiner, trainer
-from .world import explore, start
+from .programs import (
+    cleaner,
+    initial_objects,
+    policy_pruner,
+    pruner,
+    quarantiner,
+    trainer,
+)
+from .world import POLICY, explore, start
 
 FULL = {40: ("a", ()), 60: ("b", ())}
 INCREMENTAL = {40: ("a", ()), 60: ("b", ("a",))}
+THREE = {20: ("a", ()), 40: ("b", ()), 60: ("c", ())}
 ZOMBIE, SUCCESSOR = frozenset({0}), frozenset({1})
 
 
@@ -53,4 +61,46 @@ def test_a_rollback_saves_a_retired_step_again():
     anew = trainer("rollback", (40,), choose_source=lambda _: None)
     programs = [trainer("z", (80,), generation=1), anew, pruner(2)]
     found = explore(start(initial_objects(FULL), programs), may_crash=ZOMBIE)
+    assert found.bad == {}
+
+
+def resumes_from_40(history):
+    """An explicit resume, of a checkpoint that a policy may be about to retire."""
+    entry = history.find_step(40)
+    return entry.seq if entry else history.newest().seq
+
+
+def test_prune_races_a_resume_of_what_it_would_retire():
+    programs = [trainer("rollback", (50,), choose_source=resumes_from_40), pruner(2)]
+    state = start(initial_objects(INCREMENTAL), programs)
+    found = explore(state, may_lose=SUCCESSOR)
+    assert found.bad == {}
+
+
+@pytest.mark.parametrize(
+    "other",
+    [trainer("z", (80,), generation=1), policy_pruner(POLICY)],
+    ids=["a job that commits", "another pruner"],
+)
+def test_a_policy_prunes_while_a_checkpoint_is_found_damaged_beside(other):
+    """What the record before a ``retire`` says must not be against the policy."""
+    programs = [other, policy_pruner(POLICY), quarantiner(4)]
+    found = explore(start(initial_objects(THREE), programs))
+    assert found.bad == {}
+    assert found.num_states > 1000
+
+
+@pytest.mark.parametrize("checkpoints", [FULL, INCREMENTAL], ids=["full", "incremental"])
+def test_a_cleaner_meets_attempts_that_are_about_to_commit(checkpoints):
+    programs = [trainer("z", (80,), generation=1), trainer("s", (80,)), cleaner(rounds=2)]
+    state = start(initial_objects(checkpoints), programs)
+    found = explore(state, may_crash=ZOMBIE, may_lose=ZOMBIE)
+    assert found.bad == {}
+    assert found.num_states > 10_000
+
+
+def test_a_cleaner_meets_a_pruner_whose_answers_are_lost():
+    programs = [trainer("z", (80,), generation=1), pruner(1), cleaner()]
+    state = start(initial_objects(INCREMENTAL), programs)
+    found = explore(state, may_crash=SUCCESSOR, may_lose=frozenset({1, 2}))
     assert found.bad == {}

@@ -11,21 +11,34 @@ import json
 import pytest
 
 from dcp_resume.errors import KeyExists, KeyNotFound, OutcomeUnknown, StorageError
+from dcp_resume.manager import retention
 from dcp_resume.manifest.history import CommitEntry, RunHistory
 from dcp_resume.manifest.keys import LOG_PREFIX, log_key, parse_log_key
+from dcp_resume.manifest.records import DropRecord
 from dcp_resume.session import commit as rules
-from dcp_resume.session import run_log
+from dcp_resume.session import litter, marks, run_log
 from dcp_resume.session.run_log import RunLog
 
-from .programs import catalog_key, initial_objects, pruner, quarantiner, sweep_unneeded, trainer
-from .test_exhaustive import FULL, INCREMENTAL, ZOMBIE
+from .programs import (
+    catalog_key,
+    cleaner,
+    initial_objects,
+    policy_pruner,
+    pruner,
+    quarantiner,
+    sweep_unneeded,
+    trainer,
+)
+from .test_exhaustive import FULL, INCREMENTAL, THREE, ZOMBIE
 from .test_seeds import build_first_state, simulate
-from .world import explore, start
+from .world import POLICY, explore, start
 
 FENCED = "a fenced generation committed"
 LOST_FILES = "a committed checkpoint lost files"
 TWICE = "a step was committed twice"
 FORGOT = "an open forgot commits"
+UNSEEN = "an acknowledged commit is not in the log"
+AGAINST_POLICY = "a retire against the policy"
 EMPTY = "nothing is left to resume from"
 
 
@@ -43,7 +56,7 @@ def standard(**zombie):
 
 
 def test_without_the_fence(monkeypatch):
-    monkeypatch.setattr(rules, "_check_owner", off)
+    monkeypatch.setattr(rules, "check_owner", off)
     assert FENCED in kinds(standard())
 
 
@@ -110,15 +123,63 @@ def test_sweep_without_mark():
 
 
 def test_sweep_before_retire(monkeypatch):
-    retire = rules.retire
+    retire = marks.retire
 
     def swept_first(log, target):
         retired = {**log.history.retired, target: 0}
         sweep_unneeded(log._store, dataclasses.replace(log.history, retired=retired), target)
         return retire(log, target)
 
-    monkeypatch.setattr(rules, "retire", swept_first)
+    monkeypatch.setattr(marks, "retire", swept_first)
     assert LOST_FILES in kinds([pruner(1)])
+
+
+def sweep_files_only(store, log, litter):
+    store.delete([info.key for infos in litter.attempts.values() for info in infos])
+
+
+def saving_beside(cleans):
+    return [trainer("z", (80,), generation=1), cleans]
+
+
+def test_removing_litter_without_giving_it_up():
+    assert kinds(saving_beside(cleaner())) == set()
+    assert LOST_FILES in kinds(saving_beside(cleaner(remove=sweep_files_only)))
+
+
+def test_committing_what_was_given_up(monkeypatch):
+    monkeypatch.setattr(rules, "_check_not_dropped", off)
+    assert UNSEEN in kinds(saving_beside(cleaner()))
+
+
+def test_giving_up_what_has_committed(monkeypatch):
+    def drop_unasked(log, attempts, *, generation=None):
+        record = DropRecord(run=log.run, created=log.timestamp(), attempts=tuple(attempts))
+        log.append(lambda _: record, off)
+        return {*attempts}
+
+    monkeypatch.setattr(litter, "drop", drop_unasked)
+    assert LOST_FILES in kinds(saving_beside(cleaner()))
+
+
+def test_removing_litter_before_it_is_given_up():
+    def too_early(store, log, found):
+        sweep_files_only(store, log, found)
+        litter.remove_litter(store, log, found)
+
+    assert LOST_FILES in kinds(saving_beside(cleaner(remove=too_early)))
+
+
+def test_choosing_what_to_retire_once_only(monkeypatch):
+    """A checkpoint that counts is found damaged, after the choice and before the record."""
+    programs = [policy_pruner(POLICY), quarantiner(4)]
+    assert kinds(programs, THREE) == set()
+    monkeypatch.setattr(
+        retention,
+        "_retire",
+        lambda log, policy, target, _: marks.retire(log, target, reason=f"retention: {policy}"),
+    )
+    assert AGAINST_POLICY in kinds([policy_pruner(POLICY), quarantiner(4)], THREE)
 
 
 def test_choosing_and_opening_apart(monkeypatch):
@@ -165,7 +226,7 @@ def test_not_recognising_our_own_record(monkeypatch):
 
 
 def test_the_seeds_find_a_mutant_too_and_name_the_seed(monkeypatch):
-    monkeypatch.setattr(rules, "_check_owner", off)
+    monkeypatch.setattr(rules, "check_owner", off)
     state = build_first_state()
     with pytest.raises(AssertionError, match=r"^seed \d+: .*a fenced generation committed"):
         all(simulate(state, seed) for seed in range(20))

@@ -10,7 +10,7 @@ import random
 
 import pytest
 
-from .programs import initial_objects, pruner, quarantiner, trainer
+from .programs import cleaner, initial_objects, pruner, quarantiner, trainer
 from .scripted import Answer, Question
 from .world import State, lose, new_shelf, start
 
@@ -30,6 +30,7 @@ def build_first_state() -> State:
         pruner(3),
         pruner(2),
         quarantiner(4),
+        cleaner(),
     ]
     return start(initial_objects(CHECKPOINTS), programs)
 

@@ -8,13 +8,17 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from dcp_resume.errors import DcpResumeError
+from dcp_resume.manager.policies import KeepLast, decide
 from dcp_resume.manifest.history import RunHistory
 from dcp_resume.manifest.keys import parse_log_key
-from dcp_resume.manifest.records import CommitRecord, LogRecord, OpenRecord
+from dcp_resume.manifest.records import CommitRecord, LogRecord, OpenRecord, RetireRecord
 from dcp_resume.manifest.wire import decode_record
 
 from .programs import catalog_key
 from .scripted import Answer, Node, Program, Question, perform
+
+POLICY = KeepLast(2)
+"""Of every ``policy_pruner`` of the searches."""
 
 Put = tuple[str, bytes]
 Acks = frozenset[tuple[int, int, int]]
@@ -74,6 +78,7 @@ def _violations(shelf: Shelf, acks: Acks) -> Iterator[str]:
         if missing:
             yield f"a committed checkpoint lost files: {seq} needs {missing}"
     yield from _lost_source(histories[-1])
+    yield from _against_policy(records, histories)
     yield from _forgotten(records, histories, acks)
 
 
@@ -89,6 +94,17 @@ def _broken_log(records: Sequence[tuple[int, LogRecord]]) -> Iterator[str]:
         if (record.generation, record.step) in steps:
             yield f"a step was committed twice: {record.step} of generation {record.generation}"
         steps.add((record.generation, record.step))
+
+
+def _against_policy(
+    records: Sequence[tuple[int, LogRecord]], histories: Sequence[RunHistory]
+) -> Iterator[str]:
+    for seq, record in records:
+        if isinstance(record, RetireRecord) and record.reason == f"retention: {POLICY}":
+            decisions = decide(histories[seq - 1], POLICY)
+            reasons = [one.reason for one in decisions if one.entry.seq == record.target]
+            if any(reasons):
+                yield f"a retire against the policy: {record.target} at {seq} is {reasons}"
 
 
 def _lost_source(history: RunHistory) -> Iterator[str]:

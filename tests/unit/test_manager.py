@@ -214,12 +214,12 @@ def test_what_is_not_there(manager):
     with pytest.raises(CheckpointNotFound):
         manager.load({"n": 0})
     manager.save(1, {"n": 1})
-    for step in (2, "best"):
+    for step in (2, "best", "newest"):
         with pytest.raises(CheckpointNotFound) as caught:
             manager.load({"n": 0}, step)
         assert caught.value.request == str(step)
     with pytest.raises(ConfigurationError):
-        manager.load({"n": 0}, "newest")
+        manager.load({"n": 0}, "NEWEST")
 
 
 def test_staged_state_may_change(manager):

@@ -13,11 +13,13 @@ from dcp_resume.errors import (
     KeyExists,
     OutcomeUnknown,
     ParentRetired,
+    RetireRefused,
     RunMismatch,
     StorageDenied,
 )
 from dcp_resume.manifest.keys import log_key
 from dcp_resume.session import commit as rules
+from dcp_resume.session import marks
 from dcp_resume.session.run_log import RunLog
 from dcp_resume.storage.posix_store import PosixStore
 
@@ -146,7 +148,7 @@ def test_a_fenced_writer_is_fenced_for_good(store, log):
     with pytest.raises(Fenced):
         commit(log, 60)
     with pytest.raises(Fenced):
-        rules.quarantine(log, 1, generation=1)
+        marks.quarantine(log, 1, generation=1)
     assert log.last_seq == 2
 
 
@@ -191,15 +193,15 @@ def test_a_repeated_commit_of_one_attempt_returns_the_first(log):
 
 def test_a_commit_appends_behind_records_of_operators(store, log):
     first = commit(log, 40)
-    rules.pin(new_log(store), first.seq)
+    marks.pin(new_log(store), first.seq)
     assert commit(log, 60).seq == 4
     assert first.seq in log.history.pinned
 
 
-@pytest.mark.parametrize("take", [rules.retire, rules.quarantine])
+@pytest.mark.parametrize("take", [marks.retire, marks.quarantine])
 def test_a_parent_that_went_away_since_planning(store, log, take):
     parent, planned_at = commit(log, 40), log.last_seq
-    if take is rules.retire:
+    if take is marks.retire:
         commit(log, 50)  # the newest cannot be retired
     take(new_log(store), parent.seq)
     with pytest.raises(ParentRetired, match="Save it in full") as caught:
@@ -211,7 +213,7 @@ def test_a_parent_that_went_away_since_planning(store, log, take):
 def test_an_elder_that_went_away_before_planning_is_kept_by_the_parent(store, log):
     elder = commit(log, 40)
     parent = commit(log, 60, parent=elder.seq, references=[elder.seq])
-    rules.retire(new_log(store), elder.seq)
+    marks.retire(new_log(store), elder.seq)
     log.refresh()
     both = [elder.seq, parent.seq]
     assert commit(log, 80, parent=parent.seq, references=both).record.references == (2, 3)
@@ -293,7 +295,7 @@ def test_a_refusal_alone_is_certain(store, log):
 
 
 def test_a_taken_number_that_cannot_be_read_is_unknown(store, log):
-    rules.pin(new_log(store), commit(log, 40).seq)
+    marks.pin(new_log(store), commit(log, 40).seq)
     store.unreadable = 3
     assert commit(log, 60).seq == 4
     store.unreadable = 1000
@@ -333,18 +335,19 @@ def test_a_lost_open_is_found_by_its_incarnation(store, log):
 
 def test_what_the_run_needs_is_not_retired(store, log):
     first, newest = commit(log, 40), commit(log, 60)
-    rules.pin(log, first.seq, label="best")
-    with pytest.raises(ConfigurationError, match="newest"):
-        rules.retire(log, newest.seq)
-    with pytest.raises(ConfigurationError, match="pinned"):
-        rules.retire(log, first.seq)
+    marks.pin(log, first.seq, label="best")
+    with pytest.raises(RetireRefused, match="newest") as caught:
+        marks.retire(log, newest.seq)
+    assert (caught.value.target, caught.value.step) == (newest.seq, 60)
+    with pytest.raises(RetireRefused, match="pinned"):
+        marks.retire(log, first.seq)
     successor = new_log(store)
     rules.open_run(successor, incarnation="second")
     commit(successor, 80, generation=2)
-    with pytest.raises(ConfigurationError, match="resumed from it"):
-        rules.retire(log, newest.seq)
-    rules.unpin(log, first.seq)
-    assert first.seq in rules.retire(log, first.seq).history.retired
+    with pytest.raises(RetireRefused, match="resumed from it"):
+        marks.retire(log, newest.seq)
+    marks.unpin(log, first.seq)
+    assert first.seq in marks.retire(log, first.seq).history.retired
 
 
 def test_protection_is_checked_again_at_each_number(store, log, monkeypatch):
@@ -355,28 +358,28 @@ def test_protection_is_checked_again_at_each_number(store, log, monkeypatch):
 
     def pinned_meanwhile(key, data):
         monkeypatch.undo()
-        rules.pin(new_log(store), 2)
+        marks.pin(new_log(store), 2)
         create(key, data)
 
     monkeypatch.setattr(store, "create", pinned_meanwhile)
-    with pytest.raises(ConfigurationError, match="pinned"):
-        rules.retire(operator, 2)
+    with pytest.raises(RetireRefused, match="pinned"):
+        marks.retire(operator, 2)
     assert operator.history.retired == {}
 
 
 def test_a_retire_gives_the_history_to_mark_from(store, log):
     commit(log, 40)
     commit(log, 60)
-    retired = rules.retire(log, 2, reason="policy")
+    retired = marks.retire(log, 2, reason="policy")
     assert retired.history.last_seq == retired.seq == 4
     assert list(retired.history.live_commits()) == [3]
 
 
-@pytest.mark.parametrize("verb", [rules.retire, rules.pin, rules.quarantine, rules.unpin])
+@pytest.mark.parametrize("verb", [marks.retire, marks.pin, marks.quarantine, marks.unpin])
 def test_operators_name_checkpoints_that_exist(log, verb):
     commit(log, 40)
     commit(log, 60)
-    rules.retire(log, 2)
+    marks.retire(log, 2)
     for target in (1, 2, 99):
         with pytest.raises(CheckpointNotFound, match=f"no checkpoint {target}"):
             verb(log, target)
@@ -385,11 +388,11 @@ def test_operators_name_checkpoints_that_exist(log, verb):
 def test_unpin_wants_a_pin(log):
     commit(log, 40)
     with pytest.raises(ConfigurationError, match="not pinned"):
-        rules.unpin(log, 2)
+        marks.unpin(log, 2)
 
 
 def test_a_quarantined_checkpoint_is_not_resumed_from(store, log):
     commit(log, 40)
     damaged = commit(log, 60)
-    rules.quarantine(log, damaged.seq, reason="digest", generation=1)
+    marks.quarantine(log, damaged.seq, reason="digest", generation=1)
     assert rules.open_run(new_log(store), incarnation="second") == (2, 2)

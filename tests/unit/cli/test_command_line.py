@@ -16,7 +16,7 @@ from dcp_resume.manifest.keys import log_key
 from dcp_resume.manifest.models import DocumentRef, TrainerFacts
 from dcp_resume.manifest.records import CommitRecord, OpenRecord
 from dcp_resume.manifest.wire import encode
-from dcp_resume.session.commit import pin, quarantine, retire
+from dcp_resume.session.marks import pin, quarantine, retire
 from dcp_resume.session.run_log import RunLog
 from dcp_resume.storage import open_store
 from dcp_resume.storage.posix_store import PosixStore
@@ -183,7 +183,7 @@ def test_wrong_layout_files(run, tmp_path, call, text, message):
         [],
         ["frobnicate"],
         ["ls"],
-        ["inspect", "x", "--step", "newest"],
+        ["inspect", "x", "--step", "NEWEST"],
         ["verify", "x", "--step", "-1"],
         ["reshard", "a", "b"],
         ["ls", "memory://x", "--storage-option", "novalue"],
@@ -231,7 +231,7 @@ def test_interrupted(run, call, monkeypatch):
     def interrupt(*_):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(list_run, "open_url", interrupt)
+    monkeypatch.setattr(list_run, "open_run", interrupt)
     code, _, err = call("ls", run)
     assert code == 130
     assert "Traceback" not in err
