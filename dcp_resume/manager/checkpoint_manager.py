@@ -17,7 +17,6 @@ from dcp_resume.errors import (
     UnsupportedFormat,
 )
 from dcp_resume.events import CheckpointSkipped, SaveFailed, emit
-from dcp_resume.manager.arrangement import num_virtual_stages
 from dcp_resume.manager.choosing import (
     Damage,
     Request,
@@ -25,7 +24,7 @@ from dcp_resume.manager.choosing import (
     resume_source,
     uncovered,
 )
-from dcp_resume.manager.drift import optimizer_facts, precision_facts
+from dcp_resume.manager.facts import collect_facts
 from dcp_resume.manager.loading import load_located
 from dcp_resume.manager.pending import PendingSave, refuse_if_busy
 from dcp_resume.manager.retention import Retention
@@ -35,9 +34,9 @@ from dcp_resume.manager.trainer_state import (
     Ancestor,
     check_trainer,
     note_ancestor,
-    trainer_facts,
 )
 from dcp_resume.manifest.history import CommitEntry, RunHistory
+from dcp_resume.manifest.models import TrainerFacts
 from dcp_resume.session.attempt import Run
 from dcp_resume.session.documents import Facts
 from dcp_resume.session.load import LoadOptions, LoadResult, Located, locate
@@ -90,10 +89,13 @@ class CheckpointManager:
         notes: Mapping[str, Any] = MappingProxyType({}),
     ) -> None:
         self.settings = settings or Settings()
-        self._model_facts = dict(model_facts)
-        self._data_facts = dict(data_facts)
-        self._precision_facts = dict(precision_facts)
-        self._notes = dict(notes)
+        self._given = Facts(
+            TrainerFacts(step=0),
+            model=dict(model_facts),
+            data=dict(data_facts),
+            precision=dict(precision_facts),
+            notes=dict(notes),
+        )
         self._store = open_store(
             os.fspath(url),
             storage_options=self.settings.storage_options,
@@ -148,7 +150,7 @@ class CheckpointManager:
             self._run,
             self._votes(step),
             step=step,
-            facts=self._facts(step, chosen),
+            facts=collect_facts(self._given, step, chosen),
             declarations=declarations_of(self.settings.declarations, chosen),
             tensor_digests=self.settings.tensor_digests,
         )
@@ -359,23 +361,12 @@ class CheckpointManager:
             state,
             options,
             self.settings,
-            self._facts(0, state),
+            collect_facts(self._given, 0, state),
             changed,
         )
         saved_by = result.world_size
         note_ancestor(state, Ancestor(result.step, self._store.url, result.seq, saved_by))
         return result
-
-    def _facts(self, step: int, state: Mapping[str, Any]) -> Facts:
-        return Facts(
-            trainer=trainer_facts(step, state),
-            virtual_stages=num_virtual_stages(state),
-            model=self._model_facts,
-            optimizer=optimizer_facts(state),
-            data=self._data_facts,
-            precision={**precision_facts(), **self._precision_facts},
-            notes=self._notes,
-        )
 
     def _finish(self, session: SaveSession, step: int) -> SaveResult:
         try:
