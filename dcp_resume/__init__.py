@@ -12,7 +12,11 @@ if TYPE_CHECKING:
     from dcp_resume import errors, events
     from dcp_resume.format.leaves import register_enum
     from dcp_resume.manager.checkpoint_manager import CheckpointManager
+    from dcp_resume.manager.grace import WhenShort
+    from dcp_resume.manager.notices import Notice
     from dcp_resume.manager.pending import PendingSave
+    from dcp_resume.manager.preemption import Preemption
+    from dcp_resume.manager.preemption_settings import PreemptionSettings
     from dcp_resume.manager.rng import RngState
     from dcp_resume.manager.settings import SaveMode, Settings, WhenBusy
     from dcp_resume.manager.stateful import OptimizerState
@@ -47,9 +51,12 @@ else:
         "Manifest": "dcp_resume.manifest.models",
         "Member": "dcp_resume.planning.declared",
         "MeshPlace": "dcp_resume.planning.mesh_place",
+        "Notice": "dcp_resume.manager.notices",
         "OptimizerState": "dcp_resume.manager.stateful",
         "Padding": "dcp_resume.planning.declared",
         "PendingSave": "dcp_resume.manager.pending",
+        "Preemption": "dcp_resume.manager.preemption",
+        "PreemptionSettings": "dcp_resume.manager.preemption_settings",
         "Reader": "dcp_resume.session.dcp_reader",
         "ReportItem": "dcp_resume.manifest.report",
         "RetryPolicy": "dcp_resume.storage.retry",
@@ -64,6 +71,7 @@ else:
         "Strictness": "dcp_resume.session.compare",
         "TrainerState": "dcp_resume.manager.trainer_state",
         "WhenBusy": "dcp_resume.manager.settings",
+        "WhenShort": "dcp_resume.manager.grace",
         "Writer": "dcp_resume.session.dcp_writer",
         "errors": "dcp_resume.errors",
         "events": "dcp_resume.events",
@@ -91,9 +99,12 @@ __all__ = [
     "Manifest",
     "Member",
     "MeshPlace",
+    "Notice",
     "OptimizerState",
     "Padding",
     "PendingSave",
+    "Preemption",
+    "PreemptionSettings",
     "Reader",
     "ReportItem",
     "RetryPolicy",
@@ -108,6 +119,7 @@ __all__ = [
     "Strictness",
     "TrainerState",
     "WhenBusy",
+    "WhenShort",
     "Writer",
     "errors",
     "events",
