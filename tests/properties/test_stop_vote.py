@@ -159,7 +159,9 @@ def test_a_silent_rank_is_named_by_those_that_wait(silent, asking):
     assert votes[asking].try_boundary(8) is Answer.WAIT
     votes[asking].settle()
 
-    with pytest.raises(RankSilent, match=rf"after step 8: rank\(s\) {silent} did not say") as raised:
+    with pytest.raises(
+        RankSilent, match=rf"after step 8: rank\(s\) {silent} did not say"
+    ) as raised:
         votes[asking].pass_boundary(9)
     assert (raised.value.ranks, raised.value.step, raised.value.phase) == ((silent,), 8, "stop")
 
