@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import time
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -45,23 +46,22 @@ def run_job(
 ) -> tuple[int | None, int, list[int]]:
     """A job of its own: exit code (None if it trained to the end), last step, checkpoints."""
     code, step = None, 0
-    checkpoints = CheckpointManager(root, Settings(deadline_s=deadline_s))
     options = settings or PreemptionSettings(poll_s=0.05)
-    try:
-        with checkpoints, Preemption(checkpoints, options) as preemption:
-            for step in range(1, last + 1):
-                train(step)
-                evaluate(preemption)
-                if preemption.should_stop(step):
-                    own = {f"w{dist.get_rank()}": torch.full((8,), float(step))}
-                    preemption.save_and_exit(step, {"model": own})
-    except SystemExit as left:
-        code = left.code
-    finally:
-        for number in HANDLED:  # the rank serves other tests
-            signal.signal(number, signal.SIG_DFL)
-    with CheckpointManager(root) as after:
-        return code, step, after.steps()
+    with CheckpointManager(root, Settings(deadline_s=deadline_s)) as checkpoints:
+        try:
+            with Preemption(checkpoints, options) as preemption:
+                for step in range(1, last + 1):
+                    train(step)
+                    evaluate(preemption)
+                    if preemption.should_stop(step):
+                        own = {f"w{dist.get_rank()}": torch.full((8,), float(step))}
+                        preemption.save_and_exit(step, {"model": own})
+        except SystemExit as left:
+            code = left.code
+        finally:
+            for number in HANDLED:  # the rank serves other tests
+                signal.signal(number, signal.SIG_DFL)
+        return code, step, checkpoints.steps()
 
 
 def assert_saved_alike(found: list[Any]) -> int:
@@ -105,12 +105,9 @@ def run_apart(root: str) -> Any:
         elif step == 1 and rank == 1:
             dist.recv(torch.tensor(0), 0)
             os.kill(os.getpid(), signal.SIGUSR1)
-        elif rank == 0 and step > 4:
-            is_asked.wait(0.01)
+        else:
+            time.sleep(0.001)
 
-    import threading
-
-    is_asked = threading.Event()
     return run_job(root, train)
 
 
@@ -132,7 +129,7 @@ def hear_in_long_steps(root: str) -> Any:
         if rank == 0:
             os.kill(pids[1], signal.SIGTERM)
             while not preemption.notices:
-                signal.sigtimedwait([], 0.01)  # ends at once only if the notice has come
+                time.sleep(0.01)
             dist.send(torch.zeros(1), 1)
         else:
             dist.recv(torch.zeros(1), 0)
@@ -172,18 +169,20 @@ def test_a_notice_in_an_evaluation_saves_the_step_it_follows(ranks, tmp_path):
 
 def finish_while_another_hears(root: str, finished: int) -> Any:
     """One rank ends its training and leaves; then the other, in its last step, gets a signal."""
-    rank = dist.get_rank()
+    is_first, num_steps = dist.get_rank() == finished, 0
 
-    def train(step: int) -> None:
-        if step == 3 and rank != finished:
+    def in_step(preemption: Preemption) -> None:
+        nonlocal num_steps
+        num_steps += 1
+        if num_steps == 3 and not is_first:
             dist.recv(torch.zeros(1), finished)
             os.kill(os.getpid(), signal.SIGTERM)
+            while not preemption.notices:
+                time.sleep(0.01)
 
-    result = run_job(root, train, last=3) if rank == finished else None
-    if rank == finished:
+    result = run_job(root, lambda step: None, last=3, evaluate=in_step)
+    if is_first:
         dist.send(torch.zeros(1), 1 - finished)
-    else:
-        result = run_job(root, train, last=3)
     return result
 
 
@@ -210,8 +209,7 @@ def hear_once(step: int) -> None:
     """Train alone; a signal comes to rank 0."""
     if step == 2 and dist.get_rank() == 0:
         os.kill(os.getpid(), signal.SIGTERM)
-    if step > 2:
-        signal.sigtimedwait([], 0.01)
+    time.sleep(0.001)
 
 
 def test_a_dead_rank_is_named_and_nobody_waits_for_ever(ranks, tmp_path):
