@@ -5,6 +5,8 @@ from __future__ import annotations
 import itertools
 import os
 import signal
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable
@@ -233,6 +235,38 @@ def test_an_error_of_the_watcher_reaches_the_trainer(tmp_path):
         Preemption(checkpoints, PreemptionSettings(sources=[lambda: nonsense], **QUICK)) as heard,
     ):
         train_until_stopped(heard)
+
+
+ORPHAN = """
+import os, signal, sys
+from dcp_resume import CheckpointManager, Preemption, PreemptionSettings
+
+ready, done = os.pipe()
+if os.fork() == 0:
+    settings = PreemptionSettings(signals={"SIGTERM": 0.01}, poll_s=0.01)
+    with CheckpointManager(sys.argv[1]) as checkpoints, Preemption(checkpoints, settings):
+        os.kill(os.getpid(), signal.SIGTERM)
+        os.write(done, b"!")
+        while True:
+            signal.pause()  # a trainer that hangs
+else:
+    os.read(ready, 1)
+    os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+def test_an_orphan_whose_trainer_hangs_is_ended(tmp_path):
+    """Nobody else is left to do it; a signal before shortens what it is given to end by itself."""
+    result = subprocess.run(  # returns when all that hold its output have ended
+        [sys.executable, "-c", ORPHAN, str(tmp_path)],
+        env={**os.environ, "TORCHELASTIC_RUN_ID": "none"},
+        capture_output=True,
+        text=True,
+        timeout=200,
+        check=False,
+    )
+    assert "reason='torchrun is gone'" in result.stderr
+    assert "OrphanEnded(rank=0, exit_code=75)" in result.stderr
 
 
 @pytest.mark.parametrize(
