@@ -33,6 +33,8 @@ class Outcome:
     """The last step it trained."""
     left: list[tuple[int | None, str]]
     """Exit code and error of each rank; None if it was killed."""
+    left_at: list[float]
+    """When each rank that was not killed left, in Unix time."""
     output: str
 
 
@@ -84,10 +86,16 @@ class Job:
     def stop_like_a_pod(self, grace_s: float) -> None:
         """SIGTERM to the main process, and SIGKILL to all when the grace period is over."""
         self.process.send_signal(signal.SIGTERM)
-        try:
-            self.process.wait(grace_s)
-        except subprocess.TimeoutExpired:
+        if not self.has_ended(grace_s):
             self.kill()
+
+    def has_ended(self, timeout_s: float) -> bool:
+        """Whether the launcher ends in time."""
+        try:
+            self.process.wait(timeout_s)
+        except subprocess.TimeoutExpired:
+            return False
+        return True
 
     def kill(self) -> None:
         """SIGKILL to the launcher and to every rank that is known."""
@@ -100,13 +108,17 @@ class Job:
     def outcome(self, timeout_s: float | None = None) -> Outcome:
         """Wait for the end."""
         exit_code = self.process.wait(timeout_s)
-        left = []
-        for rank in range(self._num_ranks):
-            last = next((note for note in reversed(self.notes(rank)) if "left" in note), None)
-            left.append((last["left"], last["error"]) if last else (None, "killed"))
+        killed = {"left": None, "error": "killed"}
+        last = [
+            next((note for note in reversed(self.notes(rank)) if "left" in note), killed)
+            for rank in range(self._num_ranks)
+        ]
+        left = [(note["left"], note["error"]) for note in last]
+        left_at = [note["time"] for note in last if note is not killed]
         resumed = next((note["resumed"] for note in self.notes(0) if "resumed" in note), -1)
         trained = max(self._last_step(rank) for rank in range(self._num_ranks))
-        return Outcome(exit_code, resumed, trained, left, self._log.read_text(errors="replace"))
+        output = self._log.read_text(errors="replace")
+        return Outcome(exit_code, resumed, trained, left, left_at, output)
 
     def __enter__(self) -> Self:
         return self
