@@ -15,21 +15,23 @@ import signal
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from dcp_resume import CheckpointManager
 from tests.support.launched import Job
 
+NUM_RANKS = 2
 GRACE_S = 30.0
 LATEST_S = 3.0
 """After all ranks trained a step, the notice comes within this time."""
-FAR = 1_000_000
+FLAGS = ("--last-step", "1000000", "--save-interval", "7", "--grace", str(GRACE_S))
 
 
 def to_worker(number: signal.Signals, rank: int) -> Callable[[Job], object]:
-    return lambda job: os.kill(job.pids()[rank], number)
+    return lambda job: os.kill(job.notes.pids[rank], number)
 
 
 def to_launcher(number: signal.Signals) -> Callable[[Job], object]:
@@ -39,7 +41,7 @@ def to_launcher(number: signal.Signals) -> Callable[[Job], object]:
 def to_both(job: Job) -> None:
     """As Slurm does: every process hears it, and torchrun passes it on once more."""
     job.process.send_signal(signal.SIGTERM)
-    for pid in job.pids():
+    for pid in job.notes.pids:
         os.kill(pid, signal.SIGTERM)
 
 
@@ -63,8 +65,8 @@ class Trial:
     """The last one that was trained."""
     saved: int
     """The newest checkpoint afterwards; -1 if there is none."""
-    codes: list[int | None]
-    """Exit code of each rank."""
+    codes: list[int]
+    """Exit codes of the ranks that were not killed."""
     left_s: float
     """From the signal until the last rank had saved and left."""
     ended_s: float
@@ -75,7 +77,7 @@ class Trial:
     @property
     def has_fired(self) -> bool:
         """Whether every rank saved and left by itself."""
-        return not self.is_killed and set(self.codes) == {75}
+        return not self.is_killed and self.codes == [75] * NUM_RANKS
 
     @property
     def lost_steps(self) -> int:
@@ -96,8 +98,7 @@ HEADER = "trial  notice                after/s    step  fired  lost  to exit/s  
 
 def preempt(root: Path, kind: str, after_s: float) -> Trial:
     """Start the job, give it a notice, and kill it if it is still there after the grace period."""
-    flags = ("--last-step", str(FAR), "--save-interval", "7", "--grace", str(GRACE_S))
-    with CheckpointManager(root) as checkpoints, Job(root, *flags) as job:
+    with CheckpointManager(root) as checkpoints, Job(root, *FLAGS) as job:
         job.wait_for_step((checkpoints.latest() or 0) + 1)
         time.sleep(after_s)
         started = time.time()
@@ -108,28 +109,35 @@ def preempt(root: Path, kind: str, after_s: float) -> Trial:
         outcome = job.outcome()
         ended_s = time.time() - started
         saved = checkpoints.latest()
-    left_s = max(outcome.left_at, default=time.time()) - started
     return Trial(
         kind,
         after_s,
         outcome.trained,
         -1 if saved is None else saved,
-        [code for code, _ in outcome.left],
-        left_s,
-        ended_s,
-        is_killed,
+        outcome.codes,
+        left_s=outcome.left_at - started,
+        ended_s=ended_s,
+        is_killed=is_killed,
     )
 
 
-def run(trials: int, seed: int, root: Path) -> list[Trial]:
+def run(kinds: Sequence[str], trials: int, seed: int, act: Callable[[str, float], Trial]) -> int:
+    """The campaign's table, and its exit code.
+
+    Args:
+        kinds: Of notices, of which each trial draws one.
+        trials: How many.
+        seed: Of kinds and instants.
+        act: Given a kind, and seconds after the first step, makes a trial.
+    """
     draw = random.Random(seed)
-    print(f"seed {seed}, 2 ranks, grace period {GRACE_S:.0f} s\n{HEADER}", flush=True)
+    print(f"seed {seed}, {NUM_RANKS} ranks, grace period {GRACE_S:.0f} s\n{HEADER}", flush=True)
     found = []
     for number in range(1, trials + 1):
-        kind = draw.choice(list(KINDS))
-        found.append(preempt(root, kind, draw.uniform(0.0, LATEST_S)))
+        found.append(act(draw.choice(kinds), draw.uniform(0.0, LATEST_S)))
         print(found[-1].row(number), flush=True)
-    return found
+    print(summary(found))
+    return 0 if all(trial.has_fired and trial.lost_steps == 0 for trial in found) else 1
 
 
 def summary(found: list[Trial]) -> str:
@@ -143,14 +151,17 @@ def summary(found: list[Trial]) -> str:
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--trials", type=int, default=20)
-    parser.add_argument("--seed", type=int, default=1)
-    args = parser.parse_args(argv)
+    args = parse(__doc__, 20, argv)
     with tempfile.TemporaryDirectory() as directory:
-        found = run(args.trials, args.seed, Path(directory) / "run")
-    print(summary(found))
-    return 0 if all(trial.has_fired and trial.lost_steps == 0 for trial in found) else 1
+        root = Path(directory) / "run"
+        return run(list(KINDS), args.trials, args.seed, partial(preempt, root))
+
+
+def parse(about: str | None, trials: int, argv: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=(about or "").partition("\n")[0])
+    parser.add_argument("--trials", type=int, default=trials)
+    parser.add_argument("--seed", type=int, default=1)
+    return parser.parse_args(argv)
 
 
 if __name__ == "__main__":

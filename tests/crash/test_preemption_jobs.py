@@ -37,16 +37,16 @@ def test_the_same_command_goes_on_where_the_signal_stopped_it(tmp_path):
         job.stop_like_a_pod(GRACE_S)
         first = job.outcome()
     assert first.exit_code == 1, first.output  # torchrun's, whatever its workers say
-    assert [code for code, _ in first.left] == [75, 75], first.left
+    assert first.codes == [75, 75], first.errors
     assert_whole(root, first.trained)
 
     with Job(root, *command) as job:  # one host of a job is told
         job.wait_for_step(first.trained + 3)
-        os.kill(job.pids()[1], signal.SIGUSR1)
+        os.kill(job.notes.pids[1], signal.SIGUSR1)
         second = job.outcome(GRACE_S)
     assert second.resumed == first.trained
     assert second.exit_code == 1
-    assert [code for code, _ in second.left] == [75, 75], second.left
+    assert second.codes == [75, 75], second.errors
     assert "exitcode  : 75" in second.output
     assert_whole(root, second.trained)
 
@@ -64,7 +64,7 @@ def test_workers_of_a_killed_torchrun_end_and_write_no_more(tmp_path):
             while checkpoints.latest() is None:
                 job.wait_for_step(5)
                 time.sleep(0.05)
-            pids = job.pids()
+            pids = job.notes.pids
             job.process.send_signal(signal.SIGKILL)
             while any(is_alive(pid) for pid in pids):
                 time.sleep(0.05)
@@ -73,7 +73,7 @@ def test_workers_of_a_killed_torchrun_end_and_write_no_more(tmp_path):
 
     assert outcome.exit_code == -signal.SIGKILL
     # The votes' store died with torchrun: they cannot agree any more, and say so.
-    assert any("RankSilent" in error for _, error in outcome.left), outcome.left
-    assert all(code != 0 for code, _ in outcome.left)
+    assert any("RankSilent" in error for error in outcome.errors), outcome.errors
+    assert all(outcome.codes)
     assert newest is not None
     assert_whole(root, newest)

@@ -15,7 +15,7 @@ from typing import Any, Self
 
 from tests.support.preempted_job import notes_of
 
-__all__ = ["Job", "Outcome", "is_alive"]
+__all__ = ["Job", "Notes", "Outcome", "is_alive", "worker_command"]
 
 _SCRIPT = Path(__file__).with_name("preempted_job.py")
 _REPOSITORY = Path(__file__).parents[2]
@@ -31,57 +31,84 @@ class Outcome:
     """The step it went on from."""
     trained: int
     """The last step it trained."""
-    left: list[tuple[int | None, str]]
-    """Exit code and error of each rank; None if it was killed."""
-    left_at: list[float]
-    """When each rank that was not killed left, in Unix time."""
+    codes: list[int]
+    """Exit codes of the ranks that were not killed."""
+    errors: list[str]
+    """What ended them."""
+    left_at: float
+    """When the last of them left, in Unix time."""
     output: str
+
+
+class Notes:
+    """What the ranks of one incarnation have noted so far; notes from before it are left out."""
+
+    def __init__(self, root: Path | str, num_ranks: int) -> None:
+        self._root = str(root)
+        self._num_ranks = num_ranks
+        self._seen = [0] * num_ranks
+        self._seen = [len(self.of(rank)) for rank in range(num_ranks)]
+
+    def of(self, rank: int) -> list[dict[str, Any]]:
+        """Of one rank, oldest first."""
+        path = notes_of(self._root, rank)
+        text = path.read_text() if path.exists() else ""
+        whole = text[: text.rfind("\n") + 1]  # the last line may be on its way
+        return [json.loads(line) for line in whole.splitlines()[self._seen[rank] :]]
+
+    def named(self, name: str) -> list[dict[str, Any]]:
+        """The last note of each rank that has such a value; ranks without one are left out."""
+        found = [
+            next((note for note in reversed(self.of(rank)) if name in note), None)
+            for rank in range(self._num_ranks)
+        ]
+        return [note for note in found if note is not None]
+
+    def all_have(self, name: str, least: int = 0) -> bool:
+        """Whether every rank has noted such a value, of at least so much."""
+        found = self.named(name)
+        return len(found) == self._num_ranks and all(note[name] >= least for note in found)
+
+    @property
+    def pids(self) -> list[int]:
+        """Of the ranks."""
+        return [note["pid"] for note in self.named("pid")]
+
+    @property
+    def trained(self) -> int:
+        """The last step that any rank has trained; -1 if there is none."""
+        return max((note["step"] for note in self.named("step")), default=-1)
+
+
+def worker_command(root: Path | str, num_ranks: int, *flags: str) -> list[str]:
+    """The command line of torchrun that starts the job; the signals that it passes on are three."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    command += ["--nproc-per-node", str(num_ranks), "--signals-to-handle", "SIGTERM,SIGINT,SIGUSR1"]
+    return [*command, str(_SCRIPT), str(root), *flags]
 
 
 class Job:
     """One incarnation: torchrun and its workers; use it as a context, which leaves nobody alive."""
 
-    def __init__(
-        self, root: Path | str, *flags: str, num_ranks: int = 2, torchrun: tuple[str, ...] = ()
-    ) -> None:
-        self._root = str(root)
-        self._num_ranks = num_ranks
-        self._seen = [len(self._all_notes(rank)) for rank in range(num_ranks)]
+    def __init__(self, root: Path | str, *flags: str, num_ranks: int = 2) -> None:
+        self.notes = Notes(root, num_ranks)
         self._log = Path(f"{root}.output")
-        command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-        command += ["--nproc-per-node", str(num_ranks), *torchrun, str(_SCRIPT), self._root, *flags]
         environment = {**os.environ, "PYTHONPATH": str(_REPOSITORY), "GLOO_SOCKET_IFNAME": "lo"}
         with self._log.open("w") as output:
             self.process = subprocess.Popen(
-                command, env=environment, stdout=output, stderr=output, start_new_session=True
+                worker_command(root, num_ranks, *flags),
+                env=environment,
+                stdout=output,
+                stderr=output,
+                start_new_session=True,
             )
-
-    def notes(self, rank: int) -> list[dict[str, Any]]:
-        """What a rank has noted in this incarnation so far."""
-        return self._all_notes(rank)[self._seen[rank] :]
-
-    def _all_notes(self, rank: int) -> list[dict[str, Any]]:
-        path = notes_of(self._root, rank)
-        text = path.read_text() if path.exists() else ""
-        whole = text[: text.rfind("\n") + 1]  # the last line may be on its way
-        return [json.loads(line) for line in whole.splitlines()]
 
     def wait_for_step(self, step: int) -> None:
         """Wait until every rank has trained it; raises if the job ends before."""
-        while not all(self._last_step(rank) >= step for rank in range(self._num_ranks)):
+        while not self.notes.all_have("step", step):
             if self.process.poll() is not None:
                 raise AssertionError(f"the job ended: {self._log.read_text()}")
             time.sleep(0.02)
-
-    def _last_step(self, rank: int) -> int:
-        return max((note["step"] for note in self.notes(rank) if "step" in note), default=-1)
-
-    def pids(self) -> list[int]:
-        """Of the ranks."""
-        return [
-            next(note["pid"] for note in self.notes(rank) if "pid" in note)
-            for rank in range(self._num_ranks)
-        ]
 
     def stop_like_a_pod(self, grace_s: float) -> None:
         """SIGTERM to the main process, and SIGKILL to all when the grace period is over."""
@@ -100,25 +127,23 @@ class Job:
     def kill(self) -> None:
         """SIGKILL to the launcher and to every rank that is known."""
         self.process.kill()
-        for rank in range(self._num_ranks):
-            for note in self.notes(rank):
-                if "pid" in note and is_alive(note["pid"]):
-                    os.kill(note["pid"], signal.SIGKILL)
+        for pid in self.notes.pids:
+            if is_alive(pid):
+                os.kill(pid, signal.SIGKILL)
 
     def outcome(self, timeout_s: float | None = None) -> Outcome:
         """Wait for the end."""
         exit_code = self.process.wait(timeout_s)
-        killed = {"left": None, "error": "killed"}
-        last = [
-            next((note for note in reversed(self.notes(rank)) if "left" in note), killed)
-            for rank in range(self._num_ranks)
-        ]
-        left = [(note["left"], note["error"]) for note in last]
-        left_at = [note["time"] for note in last if note is not killed]
-        resumed = next((note["resumed"] for note in self.notes(0) if "resumed" in note), -1)
-        trained = max(self._last_step(rank) for rank in range(self._num_ranks))
-        output = self._log.read_text(errors="replace")
-        return Outcome(exit_code, resumed, trained, left, left_at, output)
+        left = self.notes.named("left")
+        return Outcome(
+            exit_code,
+            resumed=max((note["resumed"] for note in self.notes.named("resumed")), default=-1),
+            trained=self.notes.trained,
+            codes=[note["left"] for note in left],
+            errors=[note["error"] for note in left],
+            left_at=max((note["time"] for note in left), default=time.time()),
+            output=self._log.read_text(errors="replace"),
+        )
 
     def __enter__(self) -> Self:
         return self
