@@ -14,7 +14,6 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 
 from dcp_resume import CheckpointManager
@@ -116,11 +115,9 @@ def main(argv: list[str] | None = None) -> int:
         print(f"SKIPPED: needs root, and these programs: {missing}", file=sys.stderr)
         return 0
     with tempfile.TemporaryDirectory() as directory:
-        place = Path(directory) / "slurm"
-        place.mkdir()
-        with Slurm(place) as slurm:
+        with Slurm() as slurm:
             job = Incarnations(slurm, Path(directory))
-            return run(list(KINDS), args.trials, args.seed, partial(job.preempt))
+            return run(list(KINDS), args.trials, args.seed, job.preempt)
 
 
 if __name__ == "__main__":

@@ -10,7 +10,9 @@ import shutil
 import signal
 import socket
 import subprocess
+import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 from types import TracebackType
 from typing import Self
@@ -51,8 +53,8 @@ AccountingStorageType=accounting_storage/none
 CommunicationParameters=NoInAddrAny,NoCtldInAddrAny
 SchedulerParameters=bf_interval=2,sched_min_interval=500000
 NodeName={host} NodeAddr=127.0.0.1 CPUs=2 RealMemory=1000 State=UNKNOWN
-PartitionName=low Nodes={host} Default=YES MaxTime=INFINITE State=UP PriorityTier=1 PreemptMode=REQUEUE GraceTime=30
-PartitionName=high Nodes={host} MaxTime=INFINITE State=UP PriorityTier=10 PreemptMode=OFF
+PartitionName=low Nodes={host} Default=YES PriorityTier=1 PreemptMode=REQUEUE GraceTime=30
+PartitionName=high Nodes={host} PriorityTier=10 PreemptMode=OFF
 """
 
 
@@ -62,17 +64,13 @@ def missing_programs() -> list[str]:
 
 
 class Slurm:
-    """One node, two partitions: ``high`` preempts ``low``; use it as a context.
+    """One node, two partitions: ``high`` preempts ``low``; use it as a context."""
 
-    Args:
-        directory: For its state, logs and sockets; empty.
-    """
-
-    def __init__(self, directory: Path) -> None:
-        self._directory = directory
-        self._munged: subprocess.Popen[bytes] | None = None
+    def __init__(self) -> None:
+        self._directory = Path(tempfile.mkdtemp(prefix="slurm-"))
+        self._directory.chmod(0o755)  # munged runs as another user
         self._daemons: list[subprocess.Popen[bytes]] = []
-        self.environment = {**os.environ, "SLURM_CONF": str(directory / "slurm.conf")}
+        self._environment = {**os.environ, "SLURM_CONF": str(self._directory / "slurm.conf")}
 
     def __enter__(self) -> Self:
         try:
@@ -105,7 +103,7 @@ class Slurm:
     def call(self, *command: str, check: bool = True) -> str:
         """Run one of Slurm's commands; its standard output."""
         result = subprocess.run(
-            command, env=self.environment, capture_output=True, text=True, check=False, timeout=60
+            command, env=self._environment, capture_output=True, text=True, check=False, timeout=60
         )
         if check and result.returncode:
             raise RuntimeError(f"{command}: {result.stderr}")
@@ -115,10 +113,6 @@ class Slurm:
         """Submit a batch script; the job's id."""
         return self.call("sbatch", "--parsable", *options, str(script))
 
-    def state_of(self, job: str) -> str:
-        """``PENDING``, ``RUNNING``, ``COMPLETED`` …"""
-        return self.call("squeue", "-h", "-t", "all", "-j", job, "-o", "%T", check=False)
-
     def _start_munge(self) -> None:
         place = self._directory / "munge"
         place.mkdir()
@@ -127,7 +121,6 @@ class Slurm:
         key.chmod(0o400)
         for path in (place, key):
             shutil.chown(path, "munge", "munge")
-        self._directory.chmod(0o755)
         command = ["setpriv", "--reuid=munge", "--regid=munge", "--clear-groups", "munged"]
         command += ["--foreground", "--force", f"--key-file={key}", f"--socket={place}/socket"]
         command += [
@@ -142,10 +135,10 @@ class Slurm:
         output = (self._directory / "daemons.log").open("ab")
         with output:
             return subprocess.Popen(
-                command, env=self.environment, stdout=output, stderr=output, start_new_session=True
+                command, env=self._environment, stdout=output, stderr=output, start_new_session=True
             )
 
-    def _wait_for(self, is_there) -> None:
+    def _wait_for(self, is_there: Callable[[], bool]) -> None:
         end = time.monotonic() + _START_S
         while not is_there():
             if time.monotonic() > end:
@@ -162,6 +155,7 @@ class Slurm:
             except subprocess.TimeoutExpired:
                 daemon.kill()
                 daemon.wait()
+        shutil.rmtree(self._directory, ignore_errors=True)
 
 
 def _free_port() -> int:
