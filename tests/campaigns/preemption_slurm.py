@@ -114,10 +114,9 @@ def main(argv: list[str] | None = None) -> int:
     if missing or os.geteuid() != 0:
         print(f"SKIPPED: needs root, and these programs: {missing}", file=sys.stderr)
         return 0
-    with tempfile.TemporaryDirectory() as directory:
-        with Slurm() as slurm:
-            job = Incarnations(slurm, Path(directory))
-            return run(list(KINDS), args.trials, args.seed, job.preempt)
+    with tempfile.TemporaryDirectory() as directory, Slurm() as slurm:
+        job = Incarnations(slurm, Path(directory))
+        return run(list(KINDS), args.trials, args.seed, job.preempt)
 
 
 if __name__ == "__main__":
