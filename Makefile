@@ -41,8 +41,9 @@ test-ceph:  ## against Ceph; needs Debian's ceph-mon ceph-osd radosgw ceph-commo
 test-all:  ## every test but Ceph's
 	$(PYTEST)
 
-campaign-preemption:  ## 20 torchrun jobs, signalled at random instants; about five minutes
+campaign-preemption:  ## 20 torchrun jobs and 6 of Slurm's, preempted at random instants; 10 minutes
 	$(PY) -m tests.campaigns.preemption
+	$(PY) -m tests.campaigns.preemption_slurm
 
 lint:  ## format, lint, types, layers
 	$(PY) -m ruff format --check .
