@@ -158,6 +158,7 @@ class Preemption:
             SaveError: The save did not commit.
             Fenced: A newer incarnation owns the run.
             StorageError: The store failed.
+            TimeoutError: A save that ran already did not end in the grace period.
         """
         action, left_s = self._plan(step, optimizer_share(state))
         deadline_s = self._deadline_s(left_s)

@@ -27,7 +27,7 @@ NUM_RANKS = 2
 GRACE_S = 30.0
 LATEST_S = 3.0
 """After all ranks trained a step, the notice comes within this time."""
-FLAGS = ("--last-step", "1000000", "--save-interval", "7", "--grace", str(GRACE_S))
+FLAGS = ("--last-step", "400000", "--save-interval", "7", "--grace", str(GRACE_S), "--workers", "1")
 
 
 def to_worker(number: signal.Signals, rank: int) -> Callable[[Job], object]:

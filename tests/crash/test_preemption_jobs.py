@@ -30,7 +30,7 @@ def assert_whole(root, step: int) -> None:
 
 def test_the_same_command_goes_on_where_the_signal_stopped_it(tmp_path):
     root = tmp_path / "run"
-    command = ("--last-step", str(LAST), "--grace", str(GRACE_S))
+    command = ("--last-step", str(LAST), "--grace", str(GRACE_S), "--workers", "1")
 
     with Job(root, *command) as job:  # a pod: SIGTERM to its main process, SIGKILL after the grace
         job.wait_for_step(5)

@@ -19,8 +19,10 @@ import torch
 import torch.distributed as dist
 
 from dcp_resume import CheckpointManager, Preemption, PreemptionSettings, Settings, TrainerState
+from dcp_resume.data import ResumableLoader, ResumableSampler
 
 NUM_WEIGHTS = 1024
+GLOBAL_BATCH = 2
 
 
 def notes_of(root: str, rank: int) -> Path:
@@ -50,6 +52,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     )
     parser.add_argument("--step-s", type=float, default=0.02, help="seconds that a step takes")
     parser.add_argument("--grace", type=float, default=30.0, help="seconds after a signal")
+    parser.add_argument("--workers", type=int, default=0, help="data workers of each rank")
     return parser.parse_args(argv)
 
 
@@ -76,7 +79,15 @@ def main(args: argparse.Namespace) -> None:
 def train(args: argparse.Namespace, note: Any) -> None:
     trainer = TrainerState()
     model = {"w": torch.zeros(NUM_WEIGHTS, dtype=torch.float64)}
-    state = {"model": model, "trainer": trainer}
+    sampler = ResumableSampler(
+        1_000_000,
+        global_batch=GLOBAL_BATCH,
+        micro_batch=1,
+        rank=dist.get_rank(),
+        num_ranks=dist.get_world_size(),
+    )
+    data = ResumableLoader(range(1_000_000), sampler, num_workers=args.workers)
+    state = {"model": model, "trainer": trainer, "data": data}
     signals = dict.fromkeys(("SIGTERM", "SIGUSR1", "SIGINT"), args.grace)
     with (
         CheckpointManager(args.root, Settings(save_interval=args.save_interval)) as checkpoints,
@@ -84,18 +95,22 @@ def train(args: argparse.Namespace, note: Any) -> None:
     ):
         checkpoints.resume(state)
         note(pid=os.getpid(), resumed=trainer.step)
-        while trainer.step < args.last_step:
+        for _ in data:  # one epoch, which is never over
+            if not data.is_step_complete:
+                continue
             step = trainer.step + 1
             time.sleep(args.step_s)
             gradient = torch.ones(1, dtype=torch.float64)
             dist.all_reduce(gradient)
             model["w"].copy_(train_step(model["w"], step))
-            trainer.advance(step=step)
+            trainer.advance(step=step, samples=GLOBAL_BATCH)
             note(step=step)
             if preemption.should_stop(step):
                 preemption.save_and_exit(step, state)
             if checkpoints.should_save(step) or step == args.last_step:
                 checkpoints.save(step, state)
+            if step == args.last_step:
+                return
 
 
 if __name__ == "__main__":
