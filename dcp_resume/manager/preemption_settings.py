@@ -57,9 +57,10 @@ class PreemptionSettings:
     exit_code: int = EXIT_PREEMPTED
 
     def __post_init__(self) -> None:
-        unknown = sorted(set(self.signals) - {number.name for number in signal.Signals})
+        known = {number.name for number in signal.Signals} - {"SIGKILL", "SIGSTOP"}
+        unknown = sorted(set(self.signals) - known)
         if unknown:
-            raise _wrong("signals", unknown, "names such as 'SIGTERM'")
+            raise _wrong("signals", unknown, "names of signals that can be caught")
         for name in ("sources_interval_s", "poll_s", "lead_s", "exit_after_s"):
             if not getattr(self, name) > 0:
                 raise _wrong(name, getattr(self, name), "more than 0 seconds")

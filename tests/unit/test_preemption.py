@@ -273,6 +273,7 @@ def test_an_orphan_whose_trainer_hangs_is_ended(tmp_path):
     ("option", "value"),
     [
         ("signals", {"SIGNOPE": 1.0}),
+        ("signals", {"SIGKILL": 1.0}),
         ("poll_s", 0.0),
         ("sources_interval_s", -1.0),
         ("exit_after_s", float("nan")),
