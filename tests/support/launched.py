@@ -94,6 +94,7 @@ class Job:
         self.notes = Notes(root, num_ranks)
         self._log = Path(f"{root}.output")
         environment = {**os.environ, "PYTHONPATH": str(_REPOSITORY), "GLOO_SOCKET_IFNAME": "lo"}
+        environment["TORCH_ELASTIC_SHUTDOWN_TIMEOUT"] = "200"  # s: whoever uses us sends the kill
         with self._log.open("w") as output:
             self.process = subprocess.Popen(
                 worker_command(root, num_ranks, *flags),
