@@ -162,9 +162,10 @@ class Preemption:
         """
         action, left_s = self._plan(step, optimizer_share(state))
         deadline_s = self._deadline_s(left_s)
-        if action is ExitAction.WAIT:
-            self._checkpoints.wait(deadline_s)
-        elif action is not ExitAction.LEAVE:
+        pending = self._checkpoints.pending
+        if action is ExitAction.WAIT and pending is not None:
+            pending.result(deadline_s)
+        elif action in (ExitAction.SAVE, ExitAction.SAVE_WITHOUT_OPTIMIZER):
             is_light = action is ExitAction.SAVE_WITHOUT_OPTIMIZER
             self._save(step, without_optimizers(state) if is_light else state, deadline_s)
         self._vote.part(deadline_s)
@@ -230,8 +231,10 @@ class Preemption:
 
     def _save(self, step: int, state: Mapping[str, Any], deadline_s: float) -> None:
         # An earlier save that failed, as SaveFailed has told, shall not be in the way of this one.
-        with contextlib.suppress(SaveError, StorageError):
-            self._checkpoints.wait(deadline_s)
+        pending = self._checkpoints.pending
+        if pending is not None:
+            with contextlib.suppress(SaveError, StorageError):
+                pending.result(deadline_s)
         self._checkpoints.save(step, state, deadline_s=deadline_s).result()
 
     def _note_event(self, event: Event) -> None:

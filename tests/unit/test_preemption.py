@@ -166,11 +166,16 @@ def test_a_save_of_this_step_that_runs_is_waited_for(tmp_path, actions):
             assert is_planned.wait(60)
 
     class Pending(CheckpointManager):
-        """Lets the save go on when the plan has looked at it."""
+        """Lets the save go on when the plan, which looks at it first, was made."""
 
-        def wait(self, timeout_s=None):
-            is_planned.set()
-            super().wait(timeout_s)
+        num_looks = 0
+
+        @property
+        def pending(self):
+            self.num_looks += 1
+            if self.num_looks > 1:
+                is_planned.set()
+            return super().pending
 
     unsubscribe = subscribe(hold)
     with Pending(tmp_path) as checkpoints:
