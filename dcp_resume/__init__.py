@@ -12,6 +12,8 @@ if TYPE_CHECKING:
     from dcp_resume import errors, events
     from dcp_resume.format.leaves import register_enum
     from dcp_resume.manager.checkpoint_manager import CheckpointManager
+    from dcp_resume.manager.grace import WhenShort
+    from dcp_resume.manager.notices import Notice
     from dcp_resume.manager.pending import PendingSave
     from dcp_resume.manager.policies import (
         Candidate,
@@ -24,6 +26,8 @@ if TYPE_CHECKING:
         KeepYounger,
         RetentionPolicy,
     )
+    from dcp_resume.manager.preemption import Preemption
+    from dcp_resume.manager.preemption_settings import PreemptionSettings
     from dcp_resume.manager.rng import RngState
     from dcp_resume.manager.settings import SaveMode, Settings, WhenBusy
     from dcp_resume.manager.state_digests import digest_tensors
@@ -68,10 +72,13 @@ else:
         "Manifest": "dcp_resume.manifest.models",
         "Member": "dcp_resume.planning.declared",
         "MeshPlace": "dcp_resume.planning.mesh_place",
+        "Notice": "dcp_resume.manager.notices",
         "OptimizerState": "dcp_resume.manager.stateful",
         "Padding": "dcp_resume.planning.declared",
         "PendingSave": "dcp_resume.manager.pending",
         "Prove": "dcp_resume.session.tensor_digests",
+        "Preemption": "dcp_resume.manager.preemption",
+        "PreemptionSettings": "dcp_resume.manager.preemption_settings",
         "Reader": "dcp_resume.session.dcp_reader",
         "ReportItem": "dcp_resume.manifest.report",
         "RetentionPolicy": "dcp_resume.manager.policies",
@@ -88,6 +95,7 @@ else:
         "TensorDigests": "dcp_resume.session.tensor_digests",
         "TrainerState": "dcp_resume.manager.trainer_state",
         "WhenBusy": "dcp_resume.manager.settings",
+        "WhenShort": "dcp_resume.manager.grace",
         "Writer": "dcp_resume.session.dcp_writer",
         "digest_tensors": "dcp_resume.manager.state_digests",
         "errors": "dcp_resume.errors",
@@ -124,9 +132,12 @@ __all__ = [
     "Manifest",
     "Member",
     "MeshPlace",
+    "Notice",
     "OptimizerState",
     "Padding",
     "PendingSave",
+    "Preemption",
+    "PreemptionSettings",
     "Prove",
     "Reader",
     "ReportItem",
@@ -144,6 +155,7 @@ __all__ = [
     "TensorDigests",
     "TrainerState",
     "WhenBusy",
+    "WhenShort",
     "Writer",
     "digest_tensors",
     "errors",

@@ -23,12 +23,17 @@ __all__ = [
     "Event",
     "LitterRemoved",
     "LoadFinished",
+    "NoticeSourceFailed",
+    "OrphanEnded",
     "PhaseFinished",
+    "PreemptionFinished",
+    "PreemptionNoticed",
     "RetentionFailed",
     "RunOpened",
     "SaveFailed",
     "StepReached",
     "StorageRetried",
+    "VoteStoreLost",
     "emit",
     "subscribe",
 ]
@@ -146,6 +151,56 @@ class CheckpointSkipped(Event):
     level: ClassVar[int] = logging.WARNING
     step: int
     reason: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PreemptionNoticed(Event):
+    """This rank heard from its own sources that it will be stopped."""
+
+    level: ClassVar[int] = logging.WARNING
+    rank: int
+    reason: str
+    grace_s: float
+    """Seconds until it will be."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PreemptionFinished(Event):
+    """All ranks leave, after what there was time for."""
+
+    level: ClassVar[int] = logging.WARNING
+    step: int
+    action: str
+    """``save``, ``save_without_optimizer``, ``wait`` (for a save that ran) or ``leave``."""
+    left_s: float
+    """What was left of the grace period."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class NoticeSourceFailed(Event):
+    """A function that was asked for a notice raised; it is asked again."""
+
+    level: ClassVar[int] = logging.WARNING
+    source: str
+    reason: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class VoteStoreLost(Event):
+    """The store of the process group is gone: a notice can no longer be agreed on."""
+
+    level: ClassVar[int] = logging.WARNING
+    rank: int
+    reason: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class OrphanEnded(Event):
+    """The launcher is gone, this rank's trainer did not end in time, and its process is ended."""
+
+    level: ClassVar[int] = logging.CRITICAL
+    rank: int
+    exit_code: int
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

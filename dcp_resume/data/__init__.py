@@ -7,6 +7,7 @@ from dcp_resume.data.order import Order
 from dcp_resume.data.position import Tail
 from dcp_resume.data.randomness import Randomness, keyed_randomness
 from dcp_resume.data.sampler import ResumableSampler
+from dcp_resume.data.worker_signals import ignore_notices
 
 __all__ = [
     "Order",
@@ -14,5 +15,6 @@ __all__ = [
     "ResumableLoader",
     "ResumableSampler",
     "Tail",
+    "ignore_notices",
     "keyed_randomness",
 ]

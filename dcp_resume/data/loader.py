@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sized
 from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from typing import Any
 
 import torch
@@ -14,6 +15,7 @@ from dcp_resume.data.randomness import KeyedDataset, Randomness, already_collate
 from dcp_resume.data.sampler import ResumableSampler
 from dcp_resume.data.seeds import derived_seed
 from dcp_resume.data.state import DataState, refuse
+from dcp_resume.data.worker_signals import start_worker
 from dcp_resume.errors import ConfigurationError, Problem, StateError
 from dcp_resume.manifest.report import ReportItem, Severity
 
@@ -68,6 +70,7 @@ class ResumableLoader:
             collate = options.get("collate_fn") or default_collate
             dataset = KeyedDataset(dataset, collate, sampler.setup.seed)
             options["collate_fn"], batches = already_collated, _KeyedBatches(sampler)
+        options["worker_init_fn"] = partial(start_worker, options.get("worker_init_fn"))
         self._loader = loader_class(
             dataset, batch_sampler=batches, generator=self._generator, **options
         )

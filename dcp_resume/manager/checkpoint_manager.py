@@ -101,6 +101,7 @@ class CheckpointManager:
             storage_options=self.settings.storage_options,
             retry=self.settings.retry,
         )
+        self.url = self._store.url
         self._log = RunLog(self._store)
         self._ranks = Ranks()
         self._pool = BufferPool()
@@ -117,13 +118,16 @@ class CheckpointManager:
         interval = self.settings.save_interval
         return interval > 0 and step > 0 and step % interval == 0
 
-    def save(self, step: int, state: Mapping[str, Any]) -> PendingSave:
+    def save(
+        self, step: int, state: Mapping[str, Any], *, deadline_s: float | None = None
+    ) -> PendingSave:
         """Save the state after ``step`` optimizer steps.
 
         Args:
             step: Optimizer steps completed.
             state: Top-level keys are parts; values are modules, lists of modules (pipeline
                 stages), optimizers, Statefuls, tensors, nested mappings, or plain values.
+            deadline_s: Seconds; instead of those of the settings.
 
         Returns:
             The save; already committed in ``SaveMode.BLOCKING``.
@@ -148,7 +152,7 @@ class CheckpointManager:
         assert self._run is not None
         session = SaveSession(
             self._run,
-            self._votes(step),
+            self._votes(step, deadline_s),
             step=step,
             facts=collect_facts(self._given, step, chosen),
             declarations=declarations_of(self.settings.declarations, chosen),
@@ -172,8 +176,14 @@ class CheckpointManager:
             else:
                 future = self._background.submit(self._finish, session, step)
         finally:
-            _undo(bounds)
+            for bound in bounds:
+                bound.undo()
         self._pending = PendingSave(step, future)
+        return self._pending
+
+    @property
+    def pending(self) -> PendingSave | None:
+        """The last save in the background, until the next call has seen its outcome."""
         return self._pending
 
     def wait(self, timeout_s: float | None = None) -> None:
@@ -327,8 +337,8 @@ class CheckpointManager:
 
     # Inside.
 
-    def _votes(self, step: int) -> Any:
-        return self._ranks.votes(step=step, deadline_s=self.settings.deadline_s)
+    def _votes(self, step: int, deadline_s: float | None = None) -> Any:
+        return self._ranks.votes(step=step, deadline_s=deadline_s or self.settings.deadline_s)
 
     def _own(self, choose: Any) -> Run:
         votes = self._votes(0)
@@ -388,8 +398,3 @@ class CheckpointManager:
             return [b""] * len(ballots)
 
         self._votes(0).round("quarantine", lambda: b"", decide)
-
-
-def _undo(bounds: Sequence[Bound]) -> None:
-    for bound in bounds:
-        bound.undo()

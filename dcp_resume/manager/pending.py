@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Sequence
 from concurrent.futures import Future, wait
 
@@ -21,6 +22,7 @@ class PendingSave:
 
     def __init__(self, step: int, future: Future[SaveResult]) -> None:
         self.step = step
+        self.started = time.monotonic()
         self._future = future
         self._seen = threading.Event()
 

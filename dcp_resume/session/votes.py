@@ -18,14 +18,14 @@ import torch.distributed as dist
 from dcp_resume.errors import DcpResumeError, RankErrors, RankSilent
 from dcp_resume.session.error_wire import decode_error, describe_error, encode_error
 
-__all__ = ["Deadline", "LonelyVotes", "StoreVotes", "VoteStore", "Votes"]
+__all__ = ["VERDICT_GRACE", "Deadline", "LonelyVotes", "StoreVotes", "VoteStore", "Votes"]
 
 Work = Callable[[], bytes]
 Decide = Callable[[Sequence[bytes]], Sequence[bytes]]
 
 _POLL_FIRST_S = 0.0005
 _POLL_MAX_S = 0.02
-_VERDICT_GRACE = 1.25
+VERDICT_GRACE = 1.25
 """A rank waits this much longer for the verdict than the coordinator for ballots, so that a dead
 rank is named by the coordinator, not guessed by each rank alone."""
 
@@ -195,7 +195,7 @@ class StoreVotes:
 
     def _wait_verdict(self, phase: str) -> bytes:
         key = self._key(phase, "verdict", self._rank)
-        if not self._poll([key], lambda: self._deadline.left_s(_VERDICT_GRACE)):
+        if not self._poll([key], lambda: self._deadline.left_s(VERDICT_GRACE)):
             raise self._silent((0,), phase, "the coordinator gave no verdict")
         verdict = bytes(self._store.get(key))
         self._store.delete_key(key)

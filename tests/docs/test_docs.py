@@ -226,7 +226,9 @@ def default_of(field: dataclasses.Field[Any]) -> str:
     return str(field.default) if isinstance(field.default, Enum) else repr(field.default)
 
 
-@pytest.mark.parametrize("name", ["Settings", "LoadOptions", "Declarations", "RetryPolicy"])
+@pytest.mark.parametrize(
+    "name", ["Settings", "PreemptionSettings", "LoadOptions", "Declarations", "RetryPolicy"]
+)
 def test_options_section(name):
     fields = [f for f in dataclasses.fields(getattr(dcp_resume, name)) if f.repr]
     rows = rows_of(section_of(OPTIONS, name))
@@ -239,7 +241,8 @@ def test_options_section(name):
 
 
 @pytest.mark.parametrize(
-    "name", ["OptimizerState", "SaveMode", "WhenBusy", "Strictness", "Apply", "Severity"]
+    "name",
+    ["OptimizerState", "SaveMode", "WhenBusy", "WhenShort", "Strictness", "Apply", "Severity"],
 )
 def test_members_section(name):
     members = [member.name for member in getattr(dcp_resume, name)]
