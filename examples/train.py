@@ -40,6 +40,8 @@ from dcp_resume import (
     CheckpointManager,
     Declarations,
     OptimizerState,
+    Preemption,
+    PreemptionSettings,
     RngState,
     SaveMode,
     Settings,
@@ -115,14 +117,23 @@ def train(args: argparse.Namespace) -> Trainer:
         if args.lora_load_path:
             with CheckpointManager(args.lora_load_path) as adapters:  # ← dcp_resume
                 adapters.load(adapter_state(trainer))
+        preemptions = [stack.enter_context(listen(runs[args.save]))] if args.save else []
         while trainer.progress.step < args.num_iteration:
             trainer.step()
+            for preemption in preemptions:
+                if preemption.should_stop(trainer.progress.step):
+                    preemption.save_and_exit(trainer.progress.step, trainer.state)
             if is_due(args, trainer.progress.step):
                 runs[args.save].save(trainer.progress.step, trainer.state)  # ← dcp_resume
     if args.lora_save_path:
         with CheckpointManager(args.lora_save_path) as adapters:  # ← dcp_resume
             adapters.save(trainer.progress.step, adapter_state(trainer)).result()
     return trainer
+
+
+def listen(run: CheckpointManager) -> Preemption:
+    """For what says that the platform will stop this job; a Ctrl-C is the user's, see ``main``."""
+    return Preemption(run, PreemptionSettings(signals={"SIGTERM": 30.0, "SIGUSR1": 30.0}))
 
 
 def open_run(args: argparse.Namespace, model: ParallelModel, url: str) -> CheckpointManager:

@@ -1,4 +1,4 @@
-"""The example trainer under torchrun: a rank dies, a user hits Ctrl-C; the next start goes on."""
+"""The example trainer under torchrun: a rank dies, Ctrl-C, a preemption; the next start goes on."""
 
 from __future__ import annotations
 
@@ -61,6 +61,10 @@ def hit_ctrl_c(pid):
     os.killpg(pid, signal.SIGINT)
 
 
+def end_the_job(pid):
+    os.kill(pid, signal.SIGTERM)
+
+
 def resumed_from(said):
     return int(re.search(r"resumed from step (\d+)", said)[1])
 
@@ -75,7 +79,9 @@ def steps_if_whole(run):
 
 @pytest.mark.ranks
 @pytest.mark.torchrun
-def test_a_lost_rank_and_a_ctrl_c_cost_no_more_than_the_steps_since_the_last_save(ranks, tmp_path):
+def test_a_lost_rank_and_a_ctrl_c_cost_the_steps_since_the_last_save_and_a_preemption_none(
+    ranks, tmp_path
+):
     command = f"{TINY} --data_parallel fsdp --dropout 0.1 --num_iteration {LAST}"
     ranks.run(digests_after, 2, f"{command} --losses {tmp_path}/whole.jsonl")
     run = tmp_path / "run"
@@ -93,9 +99,16 @@ def test_a_lost_rank_and_a_ctrl_c_cost_no_more_than_the_steps_since_the_last_sav
     assert f"interrupted; go on with --load {run}" in said
     assert steps_if_whole(run) == [5, 10, 15]
 
+    # Told by torchrun, the ranks save the step they are in.
+    status, said = run_until(command, 17, end_the_job)
+    assert status != 0
+    assert resumed_from(said) == 15
+    *_, stopped_at = steps_if_whole(run)
+    assert stopped_at >= 17
+
     with torchrun(command) as job:
         said = job.communicate(timeout=PATIENCE_S)[0]
     assert job.returncode == 0, said
-    assert resumed_from(said) == 15
-    assert steps_if_whole(run) == [15, 20, LAST]
+    assert resumed_from(said) == stopped_at
+    assert steps_if_whole(run)[-1] == LAST
     assert losses_of(tmp_path / "struck.jsonl") == losses_of(tmp_path / "whole.jsonl")
