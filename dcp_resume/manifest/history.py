@@ -26,6 +26,7 @@ from dcp_resume.manifest.records import (
     QuarantineRecord,
     RetireRecord,
     UnpinRecord,
+    UnquarantineRecord,
 )
 
 __all__ = ["CommitEntry", "RunHistory"]
@@ -56,7 +57,7 @@ class RunHistory:
     retired: Mapping[int, int] = field(default_factory=dict)
     """Retired commit → log number of its first ``retire``."""
     quarantined: Mapping[int, int] = field(default_factory=dict)
-    """Quarantined commit → log number of its first ``quarantine``."""
+    """Quarantined commit → log number of the ``quarantine`` in force."""
     pinned: Mapping[int, int] = field(default_factory=dict)
     """Pinned commit → log number of the ``pin`` in force."""
     ignored: Mapping[int, str] = field(default_factory=dict)
@@ -247,7 +248,9 @@ class _Fold:
             self._commits[seq] = record
 
     def _mark(
-        self, seq: int, record: RetireRecord | PinRecord | UnpinRecord | QuarantineRecord
+        self,
+        seq: int,
+        record: RetireRecord | PinRecord | UnpinRecord | QuarantineRecord | UnquarantineRecord,
     ) -> None:
         if record.target not in self._commits:
             self._ignored[seq] = f"{record.kind} of {record.target}, which is no commit before it"
@@ -255,6 +258,8 @@ class _Fold:
             self._retired.setdefault(record.target, seq)
         elif isinstance(record, QuarantineRecord):
             self._quarantined.setdefault(record.target, seq)
+        elif isinstance(record, UnquarantineRecord):
+            self._quarantined.pop(record.target, None)
         elif isinstance(record, PinRecord):
             self._pinned[record.target] = seq
         else:

@@ -19,6 +19,7 @@ __all__ = [
     "QuarantineRecord",
     "RetireRecord",
     "UnpinRecord",
+    "UnquarantineRecord",
     "log_record_adapter",
 ]
 
@@ -93,8 +94,21 @@ class QuarantineRecord(Record):
     reason: str = ""
 
 
+class UnquarantineRecord(Record):
+    """A quarantine is lifted: the checkpoint counts again."""
+
+    kind: Literal["unquarantine"] = "unquarantine"
+    target: Count
+
+
 LogRecord = Annotated[
-    OpenRecord | CommitRecord | RetireRecord | PinRecord | UnpinRecord | QuarantineRecord,
+    OpenRecord
+    | CommitRecord
+    | RetireRecord
+    | PinRecord
+    | UnpinRecord
+    | QuarantineRecord
+    | UnquarantineRecord,
     Field(discriminator="kind"),
 ]
 

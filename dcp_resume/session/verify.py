@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 
@@ -26,7 +26,7 @@ from dcp_resume.session.load import Located
 from dcp_resume.session.opening import OpenedCheckpoint, check_files, open_checkpoint
 from dcp_resume.storage import ByteRange, ObjectStore, RangeRead
 
-__all__ = ["Verification", "verify_checkpoint"]
+__all__ = ["Verification", "verify_checkpoint", "verify_files"]
 
 READ_BYTES = 8 * 1024 * 1024
 NUM_READERS = 4
@@ -92,6 +92,26 @@ def verify_checkpoint(
     )
 
 
+def verify_files(
+    store: ObjectStore, opened: OpenedCheckpoint, keys: Collection[str]
+) -> tuple[Problem, ...]:
+    """Verify every byte of some data files of a checkpoint. Faults are returned, not raised.
+
+    Args:
+        store: Holds the checkpoint.
+        opened: Its documents.
+        keys: Of the files, from the root of the store; what is no data file is passed over.
+
+    Raises:
+        StorageError: The store failed, which says nothing about the files.
+    """
+    check = _Check(store, opened, lambda done, total: None)
+    files = range(len(opened.catalog.files))
+    check.pass_over(opened.file_key(file) for file in files if opened.file_key(file) not in keys)
+    check.read_all(NUM_READERS)
+    return tuple(sorted(check.problems))
+
+
 @dataclass(frozen=True, slots=True)
 class _Window:
     """Some consecutive blocks of one file."""
@@ -123,7 +143,10 @@ class _Check:
             check_files(self._store, self._opened)
         except InvalidCheckpoint as error:
             self.problems += error.problems
-            self._passed_over = {p.where for p in error.problems if p.kind == "missing"}
+            self.pass_over(p.where for p in error.problems if p.kind == "missing")
+
+    def pass_over(self, keys: Iterable[str]) -> None:
+        self._passed_over.update(keys)
 
     def read_all(self, num_readers: int) -> None:
         running: set[Future[None]] = set()
