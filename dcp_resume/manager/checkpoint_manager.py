@@ -95,7 +95,10 @@ class CheckpointManager:
             storage_options=self.settings.storage_options,
             retry=self.settings.retry,
         )
-        self._log = RunLog(self._store)
+        retry = self.settings.retry
+        self._log = RunLog(
+            self._store, deadline_s=retry.deadline_s, clock=retry.clock, sleep=retry.sleep
+        )
         self._ranks = Ranks()
         self._pool = BufferPool()
         self._background = ThreadPoolExecutor(1, "dcp-resume-save")
