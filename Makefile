@@ -8,7 +8,7 @@ PYTEST = $(PY) -m pytest -q
 export OMP_NUM_THREADS ?= 1
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo demo-s3 test test-ranks test-s3 test-ceph test-all campaign-preemption lint check ci docs-lint docker-lint
+.PHONY: help setup demo demo-s3 test test-ranks test-s3 test-ceph test-all campaign campaign-preemption lint check ci docs-lint docker-lint
 
 help:  ## list the verbs
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / {printf "  make %-20s %s\n", $$1, $$2}' Makefile
@@ -40,6 +40,10 @@ test-ceph:  ## against Ceph; needs Debian's ceph-mon ceph-osd radosgw ceph-commo
 
 test-all:  ## every test but Ceph's
 	$(PYTEST)
+
+campaign:  ## kill a job 1,000 times on disk and 200 on S3; tens of minutes
+	$(PY) -m tests.campaigns.crashes --kills 1000 --json campaign-local.json
+	$(PY) -m tests.campaigns.crashes --kills 200 --storage s3 --deadline-s 15 --json campaign-s3.json
 
 campaign-preemption:  ## 20 torchrun jobs and 6 of Slurm's, preempted at random instants; 10 minutes
 	$(PY) -m tests.campaigns.preemption

@@ -24,6 +24,7 @@
     │   └── IncompletePlan                     the ranks' plans do not tile every tensor
     ├── LoadError                              a load did not happen, or not wholly
     │   ├── LoadRefused                        it does not fit the state; nothing was changed
+    │   ├── DamageDisputed                     a rank found damage that another does not find
     │   ├── PartialLoad                        some tensors were written before a block failed
     │   └── TensorMismatch                     tensors were loaded that are not those saved
     ├── SaveError                              a save did not commit
@@ -56,6 +57,7 @@ __all__ = [
     "CommitUnknown",
     "ConfigurationError",
     "CorruptData",
+    "DamageDisputed",
     "DcpResumeError",
     "DuplicateFqn",
     "Fenced",
@@ -266,6 +268,21 @@ class LoadRefused(LoadError):
     """The checkpoint does not fit the state; nothing was changed."""
 
     problems: tuple[Problem, ...]
+
+
+class DamageDisputed(LoadError):
+    """A rank found the checkpoint damaged, and another finds it whole: nothing was given up.
+
+    Its host is at fault, or its mount: an older checkpoint would lose steps for nothing.
+    """
+
+    step: int
+    ranks: tuple[int, ...]
+    """Ranks that looked again and found it whole."""
+    written_fqns: tuple[str, ...]
+    """Tensors whose memory was changed, wholly or in part."""
+    problems: tuple[Problem, ...]
+    """What was found wrong at first."""
 
 
 class PartialLoad(LoadError):

@@ -67,6 +67,7 @@ def _parser() -> argparse.ArgumentParser:
         list_run,
         mark_checkpoint,
         prune_run,
+        quarantine_checkpoint,
         reshard_checkpoint,
         verify_checkpoint,
     )
@@ -79,7 +80,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     verbs = parser.add_subparsers(title="verbs", metavar="VERB", required=True)
     modules = (list_run, inspect_checkpoint, verify_checkpoint, reshard_checkpoint)
-    for module in (*modules, prune_run, mark_checkpoint, collect_litter):
+    for module in (*modules, prune_run, mark_checkpoint, quarantine_checkpoint, collect_litter):
         module.add_parser(verbs)
     return parser
 

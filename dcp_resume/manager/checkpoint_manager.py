@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
 from types import MappingProxyType, TracebackType
@@ -16,7 +16,7 @@ from dcp_resume.errors import (
     PartialLoad,
     UnsupportedFormat,
 )
-from dcp_resume.events import CheckpointSkipped, SaveFailed, emit
+from dcp_resume.events import SaveFailed, emit
 from dcp_resume.manager.choosing import (
     Damage,
     Request,
@@ -40,8 +40,8 @@ from dcp_resume.manifest.models import TrainerFacts
 from dcp_resume.session.attempt import Run
 from dcp_resume.session.documents import Facts
 from dcp_resume.session.load import LoadOptions, LoadResult, Located, locate
-from dcp_resume.session.marks import quarantine
 from dcp_resume.session.ownership import own_run
+from dcp_resume.session.quarantining import give_up
 from dcp_resume.session.ranks import Ranks
 from dcp_resume.session.run_log import RunLog
 from dcp_resume.session.save import SaveResult, SaveSession
@@ -102,7 +102,10 @@ class CheckpointManager:
             retry=self.settings.retry,
         )
         self.url = self._store.url
-        self._log = RunLog(self._store)
+        retry = self.settings.retry
+        self._log = RunLog(
+            self._store, deadline_s=retry.deadline_s, clock=retry.clock, sleep=retry.sleep
+        )
         self._ranks = Ranks()
         self._pool = BufferPool()
         self._background = ThreadPoolExecutor(1, "dcp-resume-save")
@@ -255,9 +258,10 @@ class CheckpointManager:
         """Take the run over, and load what it resumes from.
 
         Choosing the checkpoint and taking over are one append to the log, so that no commit of an
-        older incarnation is lost between them. With ``latest``, a damaged checkpoint is
-        quarantined, said loudly (``CheckpointSkipped``, a warning in the log), and the next older
-        whole one is taken, by all ranks alike.
+        older incarnation is lost between them. With ``latest``, a checkpoint whose damage a second
+        look proves is quarantined, said loudly (``CheckpointSkipped``, a warning in the log), and
+        the next older whole one is taken, by all ranks alike. A store that fails, however often,
+        is an error: an older checkpoint would lose steps, and be no easier to read.
 
         Returns:
             The load; None for a run that has no checkpoint yet and ``latest`` was asked.
@@ -267,6 +271,7 @@ class CheckpointManager:
             LoadRefused: It does not fit the state; nothing changed.
             InvalidCheckpoint: The asked step is damaged, or no older checkpoint is whole.
             UnsupportedFormat: A newer version wrote it; it is left as it is.
+            DamageDisputed: A rank found damage that another does not find; nothing was given up.
             PartialLoad: Tensors had changed, and no older checkpoint covers them.
             TensorMismatch: Asked to prove tensors, and some are not as they were saved.
             StorageError: The store failed.
@@ -308,7 +313,7 @@ class CheckpointManager:
                 changed.update(getattr(error, "written_fqns", ()))
                 if failure is None or not isinstance(failure, PartialLoad):
                     failure = error
-                self._skip(source, error)
+                give_up(self._store, self._log, self._votes(0), located, error)
 
     def close(self) -> None:
         """Wait for the running save, and release the store.
@@ -387,14 +392,3 @@ class CheckpointManager:
         if self._ranks.rank == 0 and self._run is not None:
             self._retention.start(self._store, self._log, self._run.opened.generation)
         return result
-
-    def _skip(self, source: int, error: Damage) -> None:
-        """Mark the checkpoint as damaged, so that nobody resumes from it again."""
-        entry = self._log.history.commits[source]
-        emit(CheckpointSkipped(step=entry.step, reason=str(error)))
-
-        def decide(ballots: Sequence[bytes]) -> list[bytes]:
-            quarantine(self._log, source, reason=str(error)[:2000])
-            return [b""] * len(ballots)
-
-        self._votes(0).round("quarantine", lambda: b"", decide)

@@ -80,7 +80,8 @@ def resume_source(
     if history.sources.get(history.generation) or history.generation in generations:
         raise CheckpointNotFound(
             f"{url} has checkpoints, and each of them is marked as damaged. Look at them with "
-            f"`dcp-resume verify`; to begin anew, choose another root, or save() without resume()",
+            f"`dcp-resume verify`, and lift what is whole with `dcp-resume unquarantine`; to begin "
+            f"anew, choose another root, or save() without resume()",
             url=url,
             request=request,
         )

@@ -28,10 +28,13 @@ from dcp_resume.manifest.records import (
     RetireRecord,
     TagRecord,
     UnpinRecord,
+    UnquarantineRecord,
     UntagRecord,
 )
 
 __all__ = ["CommitEntry", "RunHistory"]
+
+_Mark = RetireRecord | PinRecord | UnpinRecord | QuarantineRecord | UnquarantineRecord | TagRecord
 
 
 class CommitEntry(NamedTuple):
@@ -59,7 +62,7 @@ class RunHistory:
     retired: Mapping[int, int] = field(default_factory=dict)
     """Retired commit → log number of its first ``retire``."""
     quarantined: Mapping[int, int] = field(default_factory=dict)
-    """Quarantined commit → log number of its first ``quarantine``."""
+    """Quarantined commit → log number of the ``quarantine`` in force."""
     pinned: Mapping[int, int] = field(default_factory=dict)
     """Pinned commit → log number of the ``pin`` in force."""
     tags: Mapping[str, int] = field(default_factory=dict)
@@ -294,17 +297,15 @@ class _Fold:
         for attempt in {*record.attempts} - committed:
             self._dropped.setdefault(attempt, seq)
 
-    def _mark(
-        self,
-        seq: int,
-        record: RetireRecord | PinRecord | UnpinRecord | QuarantineRecord | TagRecord,
-    ) -> None:
+    def _mark(self, seq: int, record: _Mark) -> None:
         if record.target not in self._commits:
             self._ignored[seq] = f"{record.kind} of {record.target}, which is no commit before it"
         elif isinstance(record, RetireRecord):
             self._retired.setdefault(record.target, seq)
         elif isinstance(record, QuarantineRecord):
             self._quarantined.setdefault(record.target, seq)
+        elif isinstance(record, UnquarantineRecord):
+            self._quarantined.pop(record.target, None)
         elif isinstance(record, PinRecord):
             self._pinned[record.target] = seq
         elif isinstance(record, TagRecord):

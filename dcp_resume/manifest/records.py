@@ -22,6 +22,7 @@ __all__ = [
     "RetireRecord",
     "TagRecord",
     "UnpinRecord",
+    "UnquarantineRecord",
     "UntagRecord",
     "is_tag_name",
     "log_record_adapter",
@@ -111,6 +112,13 @@ class QuarantineRecord(Record):
     reason: str = ""
 
 
+class UnquarantineRecord(Record):
+    """A quarantine is lifted: the checkpoint counts again."""
+
+    kind: Literal["unquarantine"] = "unquarantine"
+    target: Count
+
+
 class TagRecord(Record):
     """A checkpoint gets a name; a name that is in use moves to it."""
 
@@ -140,6 +148,7 @@ LogRecord = Annotated[
     | PinRecord
     | UnpinRecord
     | QuarantineRecord
+    | UnquarantineRecord
     | TagRecord
     | UntagRecord
     | DropRecord,

@@ -22,13 +22,14 @@ from dcp_resume.manifest.records import (
     RetireRecord,
     TagRecord,
     UnpinRecord,
+    UnquarantineRecord,
     UntagRecord,
     is_tag_name,
 )
 from dcp_resume.session.commit import check_owner, no_checkpoint
 from dcp_resume.session.run_log import Appended, RunLog
 
-__all__ = ["drop", "pin", "quarantine", "retire", "tag", "unpin", "untag"]
+__all__ = ["drop", "pin", "quarantine", "retire", "tag", "unpin", "unquarantine", "untag"]
 
 Objection = Callable[[RunHistory], str]
 """Why a checkpoint may not be retired, by the log so far; empty if it may."""
@@ -136,6 +137,31 @@ def unpin(log: RunLog, target: int) -> Appended:
         return UnpinRecord(run=log.run, created=log.timestamp(), target=target)
 
     return _mark(log, target, None, build, check)
+
+
+def unquarantine(log: RunLog, target: int) -> Appended:
+    """Lift a quarantine: the checkpoint counts again.
+
+    Raises:
+        ConfigurationError: It is not quarantined, or it was retired.
+        OutcomeUnknown: The store gave no answer in time.
+        StorageError: The store failed; the quarantine holds.
+    """
+
+    def check(history: RunHistory) -> None:
+        if target not in history.quarantined or target in history.retired:
+            held = sorted(history.quarantined.keys() - history.retired.keys())
+            raise ConfigurationError(
+                f"cannot lift the quarantine of checkpoint {target} of {log.url}: those in "
+                f"quarantine are {held}. Choose one of them.",
+                option="target",
+            )
+
+    def build(_: RunHistory) -> LogRecord:
+        return UnquarantineRecord(run=log.run, created=log.timestamp(), target=target)
+
+    log.refresh()
+    return log.append(build, check)
 
 
 def tag(log: RunLog, target: int, name: str) -> Appended:

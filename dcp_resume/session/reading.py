@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from dcp_resume.errors import KeyNotFound, Problem, ShortRead
+from dcp_resume.events import StorageRetried, emit
 from dcp_resume.planning.byte_reads import BoxCopy, BytesCopy, ChunkPlace, Read, plan_reads
 from dcp_resume.planning.overlaps import Wanted, find_overlaps
 from dcp_resume.session.opening import OpenedCheckpoint
@@ -86,15 +87,12 @@ class _Reader:
             return
         length = read.stop - read.start
         buffer = self._buffer(length)
-        key = self._opened.file_key(read.file)
-        try:
-            self._store.read_into(key, [RangeRead(ByteRange(read.start, read.stop), buffer)])
-        except (KeyNotFound, ShortRead) as error:
-            # Damage of this checkpoint. Any other storage error says nothing about it, and is
-            # raised: an older checkpoint would not be easier to read.
-            self._fault(Problem(key, "read", f"bytes {read.start} to {read.stop}: {error}"))
-            return
-        problem = self._prove(read, key, buffer)
+        problem = self._fetch(read, buffer)
+        if problem is not None and problem.kind == "digest":
+            # What went wrong on the wire is right the second time.
+            reason = f"wrong digest: {problem.message}"
+            emit(StorageRetried(key=problem.where, attempt=1, delay_s=0.0, reason=reason))
+            problem = self._fetch(read, buffer)
         if problem is not None:
             self._fault(problem)
             return
@@ -106,6 +104,16 @@ class _Reader:
                 self._copy_bytes(copy, read.start, buffer)
             else:
                 self._copy_box(copy, read.start, buffer)
+
+    def _fetch(self, read: Read, buffer: memoryview) -> Problem | None:
+        key = self._opened.file_key(read.file)
+        try:
+            self._store.read_into(key, [RangeRead(ByteRange(read.start, read.stop), buffer)])
+        except (KeyNotFound, ShortRead) as error:
+            # Damage of this checkpoint. Any other storage error says nothing about it, and is
+            # raised: an older checkpoint would not be easier to read.
+            return Problem(key, "read", f"bytes {read.start} to {read.stop}: {error}")
+        return self._prove(read, key, buffer)
 
     def _buffer(self, length: int) -> memoryview:
         """Thread-local memory: warm pages, small enough to stay in the cache."""

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 
@@ -30,7 +30,7 @@ from dcp_resume.session.stored_tensors import prove_stored_tensors
 from dcp_resume.session.tensor_digests import Prove, can_have_digest
 from dcp_resume.storage import ByteRange, ObjectStore, RangeRead
 
-__all__ = ["UNRECORDED", "Verification", "verify_checkpoint"]
+__all__ = ["UNRECORDED", "Verification", "verify_checkpoint", "verify_files"]
 
 NUM_READERS = 4
 UNRECORDED = "unrecorded"
@@ -103,6 +103,26 @@ def verify_checkpoint(
     )
 
 
+def verify_files(
+    store: ObjectStore, opened: OpenedCheckpoint, keys: Collection[str]
+) -> tuple[Problem, ...]:
+    """Verify every byte of some data files of a checkpoint. Faults are returned, not raised.
+
+    Args:
+        store: Holds the checkpoint.
+        opened: Its documents.
+        keys: Of the files, from the root of the store; what is no data file is passed over.
+
+    Raises:
+        StorageError: The store failed, which says nothing about the files.
+    """
+    check = _Check(store, opened, lambda done, total: None)
+    files = range(len(opened.catalog.files))
+    check.pass_over(opened.file_key(file) for file in files if opened.file_key(file) not in keys)
+    check.read_all(NUM_READERS)
+    return tuple(sorted(check.problems))
+
+
 @dataclass(frozen=True, slots=True)
 class _Window:
     """Some consecutive blocks of one file."""
@@ -135,7 +155,10 @@ class _Check:
             check_files(self._store, self._opened)
         except InvalidCheckpoint as error:
             self.problems += error.problems
-            self._passed_over = {p.where for p in error.problems if p.kind == "missing"}
+            self.pass_over(p.where for p in error.problems if p.kind == "missing")
+
+    def pass_over(self, keys: Iterable[str]) -> None:
+        self._passed_over.update(keys)
 
     def prove_tensors(self) -> None:
         done = 0

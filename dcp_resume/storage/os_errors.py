@@ -13,7 +13,10 @@ from dcp_resume.errors import (
     StorageFull,
 )
 
-__all__ = ["from_os_error", "short_read"]
+__all__ = ["AMBIGUOUS", "from_os_error", "short_read"]
+
+AMBIGUOUS = frozenset({errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.ENOTCONN, errno.EHOSTDOWN})
+"""What a remote file system says where it gave up waiting: the server may have done it."""
 
 _FULL = frozenset({errno.ENOSPC, errno.EDQUOT})
 _DENIED = frozenset({errno.EACCES, errno.EPERM, errno.EROFS})

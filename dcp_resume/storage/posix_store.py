@@ -23,7 +23,7 @@ from dcp_resume.errors import (
 from dcp_resume.storage import posix_files
 from dcp_resume.storage.keys import TEMP_PREFIX, check_key, check_prefix, is_key
 from dcp_resume.storage.object_store import ObjectInfo, RangeRead, check_size
-from dcp_resume.storage.os_errors import from_os_error, short_read
+from dcp_resume.storage.os_errors import AMBIGUOUS, from_os_error, short_read
 
 __all__ = ["PosixStore"]
 
@@ -62,31 +62,20 @@ class PosixStore:
 
         Raises:
             KeyExists: The key is taken.
-            OutcomeUnknown: The key was created, but its directory could not be synced.
+            OutcomeUnknown: The key was created, but its directory could not be synced; or a remote
+                file system did not answer.
             UnsupportedStore: The file system has no exclusive operation to offer.
         """
         final = self._path(key)
-        with self._errors("create", key), self._temp_file(final) as (descriptor, temp):
-            posix_files.write_buffers(descriptor, [memoryview(data)])
-            os.fsync(descriptor)
+        with self._errors("create", key):
             try:
-                posix_files.publish_exclusively(temp, final, descriptor)
-            except NotImplementedError as error:
-                raise UnsupportedStore(
-                    f"cannot create {key!r} at {self.url} exclusively: {error}. Checkpoints need"
-                    " a file system with hard links or RENAME_NOREPLACE",
-                    url=self.url,
-                    key=key,
-                ) from error
-        try:
-            self._sync_parent(final)
-        except OSError as error:
-            raise OutcomeUnknown(
-                f"created {key!r} at {self.url}, but syncing its directory failed: {error}. It may"
-                " be gone after a power loss; check the disk",
-                url=self.url,
-                key=key,
-            ) from error
+                self._publish(key, final, data)
+            except FileExistsError:
+                # Whoever finds the key taken takes what is there for durable: our own object, too,
+                # whose directory an earlier try could not sync.
+                self._sync_created(key, final)
+                raise
+        self._sync_created(key, final)
 
     def write(self, key: str, buffers: Iterable[memoryview], *, size: int | None = None) -> int:
         """See ``ObjectStore.write``.
@@ -223,6 +212,40 @@ class PosixStore:
         finally:
             with suppress(OSError):  # renamed, or left for `unfinished` to show
                 os.unlink(temp)
+
+    def _publish(self, key: str, final: str, data: bytes) -> None:
+        with self._temp_file(final) as (descriptor, temp):
+            posix_files.write_buffers(descriptor, [memoryview(data)])
+            os.fsync(descriptor)
+            try:
+                posix_files.publish_exclusively(temp, final, descriptor)
+            except NotImplementedError as error:
+                raise UnsupportedStore(
+                    f"cannot create {key!r} at {self.url} exclusively: {error}. Checkpoints need"
+                    " a file system with hard links or RENAME_NOREPLACE",
+                    url=self.url,
+                    key=key,
+                ) from error
+            except OSError as error:
+                if error.errno not in AMBIGUOUS:
+                    raise
+                raise OutcomeUnknown(
+                    f"cannot tell whether {key!r} at {self.url} was created: {error}. Repeat it"
+                    " with the same bytes, or read the key",
+                    url=self.url,
+                    key=key,
+                ) from error
+
+    def _sync_created(self, key: str, final: str) -> None:
+        try:
+            self._sync_parent(final)
+        except OSError as error:
+            raise OutcomeUnknown(
+                f"created {key!r} at {self.url}, but syncing its directory failed: {error}. It may"
+                " be gone after a power loss; check the disk",
+                url=self.url,
+                key=key,
+            ) from error
 
     @staticmethod
     def _sync_parent(final: str) -> None:

@@ -33,6 +33,12 @@ class Fault(Enum):
     """Answer 409 ConditionalRequestConflict without asking the server."""
     DENIED = auto()
     """Answer 403 AccessDenied without asking the server."""
+    EXPIRED = auto()
+    """Answer 400 ExpiredToken without asking the server."""
+    SKEWED = auto()
+    """Answer 403 RequestTimeTooSkewed without asking the server."""
+    NO_BUCKET = auto()
+    """Answer 404 NoSuchBucket without asking the server."""
     RESET = auto()
     """Reset the connection without asking the server."""
     STALL = auto()
@@ -41,6 +47,12 @@ class Fault(Enum):
     """Ask the server, promise the whole body of its answer, send half of it and close."""
     DROP_ANSWER = auto()
     """Ask the server, and reset the connection instead of passing its answer on."""
+    CORRUPT = auto()
+    """Invert one bit of the body: of the answer to a GET, of any other request."""
+    WRONG_ETAG = auto()
+    """Ask the server, and pass its answer on with another ETag."""
+    SLOW = auto()
+    """Pass request and answer on as they are, late."""
 
 
 _REFUSALS = {
@@ -48,7 +60,11 @@ _REFUSALS = {
     Fault.SLOW_DOWN: (503, "SlowDown"),
     Fault.CONFLICT: (409, "ConditionalRequestConflict"),
     Fault.DENIED: (403, "AccessDenied"),
+    Fault.EXPIRED: (400, "ExpiredToken"),
+    Fault.SKEWED: (403, "RequestTimeTooSkewed"),
+    Fault.NO_BUCKET: (404, "NoSuchBucket"),
 }
+_LATE_S = 0.2
 
 
 @dataclass(slots=True)
@@ -70,6 +86,8 @@ class FaultProxy:
         self.upstream = urlsplit(endpoint).netloc
         self.requests: list[tuple[str, str]] = []
         """Method and target of every request so far."""
+        self.num_harmed = 0
+        """Requests that a rule matched so far."""
         self.stalling = threading.Event()
         """Set once a request is being stalled."""
         self.ended = threading.Event()
@@ -92,6 +110,11 @@ class FaultProxy:
         with self._lock:
             self._rules.append(_Rule(method, part, fault, times))
 
+    def heal(self) -> None:
+        """Do no more harm."""
+        with self._lock:
+            self._rules.clear()
+
     def take(self, method: str, target: str) -> Fault | None:
         """Record a request and use up a rule that matches it."""
         with self._lock:
@@ -99,6 +122,7 @@ class FaultProxy:
             for rule in self._rules:
                 if rule.times > 0 and rule.method == method and rule.part in target:
                     rule.times -= 1
+                    self.num_harmed += 1
                     return rule.fault
         return None
 
@@ -145,6 +169,10 @@ class _Handler(BaseHTTPRequestHandler):
             self.owner.ended.wait()
             self.close_connection = True
         else:
+            if fault is Fault.SLOW:
+                self.owner.ended.wait(_LATE_S)
+            if fault is Fault.CORRUPT and self.command != "GET":
+                body = _corrupted(body)
             self._forward(body, fault)
 
     do_GET = do_PUT = do_POST = do_HEAD = do_DELETE = _handle  # noqa: N815 - names of http.server
@@ -178,12 +206,16 @@ class _Handler(BaseHTTPRequestHandler):
             return
         self.send_response_only(answer.status)
         for name, value in answer.getheaders():
+            if name.lower() == "etag" and fault is Fault.WRONG_ETAG:
+                value = f'"{"0" * 32}"'
             if name.lower() not in _HOP_BY_HOP | {"content-length"}:
                 self.send_header(name, value)
         length = answer.getheader("Content-Length") if self.command == "HEAD" else None
         if answer.status != 204:
             self.send_header("Content-Length", length or str(len(content)))
         self.end_headers()
+        if fault is Fault.CORRUPT and self.command == "GET":
+            content = _corrupted(content)
         if fault is Fault.TRUNCATE:
             content = content[: len(content) // 2]
             self.close_connection = True
@@ -191,3 +223,8 @@ class _Handler(BaseHTTPRequestHandler):
 
     def log_message(self, format: str, *args: object) -> None:
         """Stay silent."""
+
+
+def _corrupted(body: bytes) -> bytes:
+    middle = len(body) // 2
+    return body[:middle] + bytes([body[middle] ^ 1]) + body[middle + 1 :] if body else body

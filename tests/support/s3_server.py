@@ -37,6 +37,9 @@ class S3Server:
     def __init__(self, *, start_timeout_s: float = 60.0) -> None:
         self._start_timeout_s = start_timeout_s
         self._exit = contextlib.ExitStack()
+        self._process: subprocess.Popen[bytes] | None = None
+        self._directory = Path()
+        self._ports: list[int] = []
         self.endpoint = ""
 
     @property
@@ -81,6 +84,34 @@ class S3Server:
         """Create a bucket."""
         self.client().create_bucket(Bucket=name)
 
+    def kill(self) -> None:
+        """SIGKILL the server and all its threads; what it had acknowledged is on its disk."""
+        if self._process is not None:
+            kill(self._process)
+
+    def restart(self) -> None:
+        """Start it, or start it again after ``kill`` at the same address and with the same data.
+
+        Raises:
+            RuntimeError: It does not answer in time.
+        """
+        log = self._exit.enter_context((self._directory / "log").open("ab"))
+        process = subprocess.Popen(
+            [_weed(), "server", *_arguments(self._directory, *self._ports)],
+            stdout=log,
+            stderr=subprocess.STDOUT,
+            stdin=subprocess.DEVNULL,
+            cwd=self._directory,
+            start_new_session=True,
+        )
+        self._process = process
+        deadline = time.monotonic() + self._start_timeout_s
+        while not answers(self._ports[0]):
+            if process.poll() is not None or time.monotonic() > deadline:
+                tail = (self._directory / "log").read_text(errors="replace")[-2000:]
+                raise RuntimeError(f"the S3 server on port {self._ports[0]} did not start:\n{tail}")
+            time.sleep(0.05)
+
     def __enter__(self) -> S3Server:
         with self._exit:
             directory = Path(tempfile.mkdtemp(prefix="s3-server-"))
@@ -99,24 +130,10 @@ class S3Server:
         self._exit.close()
 
     def _start(self, directory: Path) -> int:
-        port, *others = free_ports(8)
-        log = self._exit.enter_context((directory / "log").open("wb"))
-        process = subprocess.Popen(
-            [_weed(), "server", *_arguments(directory, port, others)],
-            stdout=log,
-            stderr=subprocess.STDOUT,
-            stdin=subprocess.DEVNULL,
-            cwd=directory,
-            start_new_session=True,
-        )
-        self._exit.callback(kill, process)
-        deadline = time.monotonic() + self._start_timeout_s
-        while not answers(port):
-            if process.poll() is not None or time.monotonic() > deadline:
-                tail = (directory / "log").read_text(errors="replace")[-2000:]
-                raise RuntimeError(f"the S3 server on port {port} did not start:\n{tail}")
-            time.sleep(0.05)
-        return port
+        self._directory, self._ports = directory, free_ports(8)
+        self._exit.callback(self.kill)
+        self.restart()
+        return self._ports[0]
 
 
 def _weed() -> str:
@@ -127,7 +144,7 @@ def _weed() -> str:
     return found
 
 
-def _arguments(directory: Path, port: int, others: list[int]) -> list[str]:
+def _arguments(directory: Path, port: int, *others: int) -> list[str]:
     identity = {
         "name": "test",
         "credentials": [{"accessKey": _ACCESS_KEY, "secretKey": _SECRET_KEY}],

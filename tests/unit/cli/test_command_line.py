@@ -237,12 +237,36 @@ def test_interrupted(run, call, monkeypatch):
     assert "Traceback" not in err
 
 
-@pytest.mark.parametrize("verb", [None, "ls", "inspect", "verify", "reshard"])
+@pytest.mark.parametrize(
+    "verb", [None, "ls", "inspect", "verify", "reshard", "quarantine", "unquarantine"]
+)
 def test_help_teaches(call, verb):
     code, out, _ = call(*[word for word in (verb, "--help") if word])
     assert code == 0
     assert "examples:" in out
     assert "exit codes:" in out
+
+
+def test_an_operator_quarantines_and_lifts_it_again(run, call, call_json):
+    code, out, _ = call("quarantine", run, 30, "--reason", "the loss went up")
+    assert (code, out) == (0, "step 30 is quarantined; the run would resume from step 20\n")
+    assert call("quarantine", run, 30)[0] == 3
+
+    code, found = call_json("unquarantine", run, 30)
+    assert code == 0
+    assert (found["state"], found["newest_step"]) == ("current", 30)
+    assert call("unquarantine", run, 30)[0] == 3
+
+
+def test_a_quarantine_lifted_after_the_run_went_on(run, call):
+    call("quarantine", run, 30)
+    save_steps(run, [25], resume="latest")
+
+    _, out, _ = call("unquarantine", run, 30)
+
+    assert out == "step 30 is rolled back; the run would resume from step 25\n"
+    save_steps(run, [35], resume=30)
+    assert call("ls", run)[1].splitlines()[-2].split()[0] == "30"
 
 
 def test_as_a_module(run):
