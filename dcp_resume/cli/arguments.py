@@ -8,16 +8,30 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
 from dcp_resume.cli.exit_codes import EXIT_CODES_HELP
-from dcp_resume.storage import ObjectStore, open_store
+from dcp_resume.storage import ObjectStore, RetryPolicy, open_store
 
 if TYPE_CHECKING:
     from dcp_resume.session.run_log import RunLog
 
     Verbs = argparse._SubParsersAction[argparse.ArgumentParser]
 
-__all__ = ["Request", "add_step", "add_verb", "add_yes", "open_run", "open_url", "read_pairs"]
+__all__ = [
+    "PATIENT",
+    "Request",
+    "add_step",
+    "add_verb",
+    "add_yes",
+    "open_run",
+    "open_url",
+    "read_pairs",
+]
 
 Request = int | str
+
+PATIENT = RetryPolicy()
+"""For verbs that read or write for minutes: an outage must not undo them."""
+_BRIEF = RetryPolicy(deadline_s=30.0)
+"""A person waits, and most often the URL is wrong."""
 
 
 def add_verb(
@@ -98,7 +112,13 @@ def read_pairs(pairs: Sequence[str]) -> dict[str, Any]:
     return options
 
 
-def open_url(url: str, options: Mapping[str, Any], *, is_strict: bool = True) -> ObjectStore:
+def open_url(
+    url: str,
+    options: Mapping[str, Any],
+    *,
+    is_strict: bool = True,
+    retry: RetryPolicy = _BRIEF,
+) -> ObjectStore:
     """Open the store of a URL.
 
     Args:
@@ -106,15 +126,22 @@ def open_url(url: str, options: Mapping[str, Any], *, is_strict: bool = True) ->
         options: Storage options.
         is_strict: Whether options for a local path are an error; else they are meant for the
             other URL of the same command.
+        retry: For transient faults.
 
     Raises:
         ConfigurationError: The URL or an option cannot work.
     """
     is_local = "://" not in url or url.startswith("file://")
-    return open_store(url, storage_options=None if is_local and not is_strict else options)
+    return open_store(
+        url,
+        storage_options=None if is_local and not is_strict else options,
+        retry=retry,
+    )
 
 
-def open_run(arguments: argparse.Namespace) -> tuple[ObjectStore, RunLog]:
+def open_run(
+    arguments: argparse.Namespace, *, retry: RetryPolicy = _BRIEF
+) -> tuple[ObjectStore, RunLog]:
     """Open the run that ``url`` and ``storage_option`` name, and read its log.
 
     Raises:
@@ -126,7 +153,7 @@ def open_run(arguments: argparse.Namespace) -> tuple[ObjectStore, RunLog]:
     from dcp_resume.errors import CheckpointNotFound
     from dcp_resume.session.run_log import RunLog
 
-    store = open_url(arguments.url, read_pairs(arguments.storage_option))
+    store = open_url(arguments.url, read_pairs(arguments.storage_option), retry=retry)
     log = RunLog(store)
     if not log.refresh().last_seq:
         raise CheckpointNotFound(

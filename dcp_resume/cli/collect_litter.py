@@ -6,7 +6,7 @@ import argparse
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
-from dcp_resume.cli.arguments import add_verb, add_yes, open_run
+from dcp_resume.cli.arguments import PATIENT, add_verb, add_yes, open_run
 from dcp_resume.cli.exit_codes import ExitCode
 from dcp_resume.cli.keep_options import read_duration
 from dcp_resume.cli.printing import print_json, print_table, size_text
@@ -62,7 +62,7 @@ def _run(arguments: argparse.Namespace) -> int:
     from dcp_resume.session.litter import find_litter, grace_limit, remove_litter
     from dcp_resume.session.sweep import Swept
 
-    store, log = open_run(arguments)
+    store, log = open_run(arguments, retry=PATIENT)
     litter = find_litter(store, log, until_s=grace_limit(store, arguments.older_than))
     swept = remove_litter(store, log, litter) if arguments.yes else Swept()
     kinds = list(_kinds(litter, log))

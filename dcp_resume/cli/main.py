@@ -9,8 +9,9 @@ import traceback
 from collections.abc import Sequence
 
 from dcp_resume.cli.exit_codes import EXIT_CODES_HELP, ExitCode, exit_code_of
-from dcp_resume.cli.printing import print_json
+from dcp_resume.cli.printing import RetryNotes, print_json
 from dcp_resume.errors import DcpResumeError
+from dcp_resume.events import subscribe
 
 __all__ = ["main"]
 
@@ -44,6 +45,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return end.code if isinstance(end.code, int) else ExitCode.USAGE
     except KeyboardInterrupt:
         return ExitCode.INTERRUPTED
+    unsubscribe = subscribe(RetryNotes())
     try:
         code: int = arguments.run(arguments)
         sys.stdout.flush()
@@ -56,6 +58,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         # The reader (`head`) went away; keep the interpreter from complaining at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return ExitCode.OK
+    finally:
+        unsubscribe()
     return code
 
 

@@ -6,10 +6,19 @@ import json
 import math
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
-__all__ = ["ProgressLine", "print_json", "print_table", "size_text", "without_infinities"]
+from dcp_resume.events import Event, StorageRetried
+
+__all__ = [
+    "ProgressLine",
+    "RetryNotes",
+    "print_json",
+    "print_table",
+    "size_text",
+    "without_infinities",
+]
 
 _MAX_RICH_ROWS = 200
 """Rich needs half a second for a thousand rows, and nobody admires so many."""
@@ -82,6 +91,29 @@ def _print_rich(columns: Sequence[str], rows: Sequence[Sequence[str]], left: int
         table.add_row(*map(Text, row))
     Console().print(table)
     return True
+
+
+class RetryNotes:
+    """Says on stderr that storage is tried again, so that nobody waits in the dark.
+
+    Args:
+        clock: Monotonic seconds.
+    """
+
+    _EVERY_S = 5.0
+
+    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+        self._clock = clock
+        self._next = -math.inf
+
+    def __call__(self, event: Event) -> None:
+        """Say so at the first retry, and every few seconds."""
+        if not isinstance(event, StorageRetried) or self._clock() < self._next:
+            return
+        self._next = self._clock() + self._EVERY_S
+        what = f"{event.key!r}: " if event.key else ""
+        note = f"dcp-resume: storage is tried again, {what}{event.reason}"
+        print(note, file=sys.stderr, flush=True)
 
 
 class ProgressLine:

@@ -6,7 +6,7 @@ import argparse
 import math
 from typing import TYPE_CHECKING
 
-from dcp_resume.cli.arguments import add_verb, add_yes, open_run
+from dcp_resume.cli.arguments import PATIENT, add_verb, add_yes, open_run
 from dcp_resume.cli.exit_codes import ExitCode, exit_code_of
 from dcp_resume.cli.keep_options import add_keep_options, read_policy
 from dcp_resume.cli.printing import print_json, print_table, size_text
@@ -54,7 +54,7 @@ def _run(arguments: argparse.Namespace) -> int:
     from dcp_resume.session.litter import find_litter, remove_litter
 
     policy = read_policy(arguments)
-    store, log = open_run(arguments)
+    store, log = open_run(arguments, retry=PATIENT)
     run = log.history
     decisions = decide(run, policy)
     pruned: dict[int, Pruned] = {}

@@ -7,7 +7,7 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from dcp_resume.cli.arguments import add_step, add_verb, open_url, read_pairs
+from dcp_resume.cli.arguments import PATIENT, add_step, add_verb, open_url, read_pairs
 from dcp_resume.cli.printing import ProgressLine, print_json, size_text
 from dcp_resume.errors import ConfigurationError
 
@@ -81,11 +81,12 @@ def _run(arguments: argparse.Namespace) -> int:
     mesh, rules = TargetMesh.parse(arguments.to), _read_layout(arguments.layout)
     own = read_pairs(arguments.storage_option)
     others = arguments.target_storage_option
-    source = open_url(arguments.source, own, is_strict=others is not None)
+    source = open_url(arguments.source, own, is_strict=others is not None, retry=PATIENT)
     target = open_url(
         arguments.target,
         own if others is None else read_pairs(others),
         is_strict=others is not None,
+        retry=PATIENT,
     )
     progress = ProgressLine("resharding")
     options = ReshardOptions(

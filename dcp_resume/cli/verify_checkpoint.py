@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from typing import TYPE_CHECKING
 
-from dcp_resume.cli.arguments import add_step, add_verb, open_url, read_pairs
+from dcp_resume.cli.arguments import PATIENT, add_step, add_verb, open_url, read_pairs
 from dcp_resume.cli.exit_codes import ExitCode
 from dcp_resume.cli.printing import ProgressLine, print_json, size_text
 
@@ -53,7 +53,7 @@ def _run(arguments: argparse.Namespace) -> int:
     from dcp_resume.session.verify import verify_checkpoint
 
     prove = Prove.TENSORS if arguments.tensors else Prove.BLOCKS
-    store = open_url(arguments.url, read_pairs(arguments.storage_option))
+    store = open_url(arguments.url, read_pairs(arguments.storage_option), retry=PATIENT)
     results: list[Verification] = []
     for located in find_checkpoints(store, arguments.step):
         progress = ProgressLine(f"verifying {located.prefix or store.url}")

@@ -1,0 +1,47 @@
+"""The command line while storage fails for a time."""
+
+from __future__ import annotations
+
+import uuid
+
+import pytest
+import torch
+
+from dcp_resume import CheckpointManager, SaveMode, Settings
+from dcp_resume.cli.main import main
+from dcp_resume.cli.printing import RetryNotes
+from dcp_resume.events import StorageRetried
+from tests.support.fault_proxy import Fault, FaultProxy
+
+
+@pytest.mark.s3
+def test_retries_are_said_on_stderr(s3_server, capsys):
+    bucket = f"b-{uuid.uuid4().hex}"
+    s3_server.make_bucket(bucket)
+    url = f"s3://{bucket}/run"
+    settings = Settings(mode=SaveMode.BLOCKING, storage_options=s3_server.storage_options)
+    with CheckpointManager(url, settings) as checkpoints:
+        checkpoints.save(1, {"model": {"w": torch.ones(2)}})
+
+    with FaultProxy(s3_server.endpoint) as proxy:
+        proxy.inject("GET", "log", Fault.SLOW_DOWN, times=2)
+        options = s3_server.storage_options_at(proxy.endpoint)
+        words = [f"{k}={v}" for k, v in options.items() if isinstance(v, str)]
+        code = main(["ls", url, *(w for word in words for w in ("--storage-option", word))])
+
+    out, err = capsys.readouterr()
+    assert code == 0
+    assert len(out.splitlines()) == 2
+    assert err.startswith("dcp-resume: storage is tried again, 'log/")
+    assert "SlowDown" in err
+
+
+def test_notes_come_at_once_and_then_now_and_then(capsys):
+    now = [0.0]
+    note = RetryNotes(lambda: now[0])
+    for second in range(12):
+        now[0] = float(second)
+        note(StorageRetried(key="k", attempt=1, delay_s=0.1, reason=f"503 at {second}"))
+
+    lines = capsys.readouterr().err.splitlines()
+    assert [line.rpartition(" ")[2] for line in lines] == ["0", "5", "10"]
