@@ -16,6 +16,7 @@ import contextlib
 import json
 import logging
 import os
+import random
 import signal
 import time
 import warnings
@@ -23,6 +24,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 import lora
+import numpy as np
 import torch
 import torch.distributed as dist
 from flags import layout_of, model_of, num_micro_batches, parse_flags
@@ -57,7 +59,7 @@ class Trainer:
         self.data = make_data(args, self.model)
         self.progress = TrainerState()  # ← dcp_resume
         stream, num_streams = self.model.random_stream()
-        torch.manual_seed(args.seed + stream)
+        seed_generators(args.seed + stream)
         self.state = {  # ← dcp_resume: all that a checkpoint holds
             "model": self.model.stages,
             "optim": self.optimizers,
@@ -112,7 +114,7 @@ def train(args: argparse.Namespace) -> Trainer:
         if args.lora_load_path:
             with CheckpointManager(args.lora_load_path) as adapters:  # ← dcp_resume
                 adapters.load(adapter_state(trainer))
-        while trainer.progress.step < args.num_iteration:
+        while trainer.progress.step < args.stop_at:
             trainer.step()
             if is_due(args, trainer.progress.step):
                 runs[args.save].save(trainer.progress.step, trainer.state)  # ← dcp_resume
@@ -166,7 +168,7 @@ def resume(
 
 
 def is_due(args: argparse.Namespace, step: int) -> bool:
-    is_last = step == args.num_iteration
+    is_last = step == args.stop_at
     return bool(args.save) and (is_last or step % args.save_interval == 0)
 
 
@@ -209,6 +211,13 @@ def make_optimizer(args: argparse.Namespace, stage: nn.Module) -> Optimizer:
     kind = {"sgd": SGD, "adamw": AdamW}[args.optimizer]
     # One tensor at a time (foreach=False): tensors of one model lie on different meshes.
     return kind(parameters, lr=args.learning_rate, foreach=False)
+
+
+def seed_generators(seed: int) -> None:
+    """Every generator that a checkpoint holds, used or not: two runs then hold the same."""
+    random.seed(seed)
+    np.random.seed(seed)
+    torch.manual_seed(seed)
 
 
 class Schedules:

@@ -15,8 +15,9 @@ from dcp_resume.errors import DcpResumeError
 __all__ = ["main"]
 
 _DESCRIPTION = """\
-Look at, prove and reshard the checkpoints of a training run. URL is a path, file://, s3://bucket/…
-or another URL that fsspec knows; credentials come from the environment, as for any AWS client.
+Look at, verify, compare and reshard the checkpoints of a training run, and prove that it resumes.
+URL is a path, file://, s3://bucket/… or another URL that fsspec knows; credentials come from the
+environment, as for any AWS client.
 """
 _EPILOG = f"""\
 examples:
@@ -66,6 +67,7 @@ def _parser() -> argparse.ArgumentParser:
         diff_checkpoints,
         inspect_checkpoint,
         list_run,
+        prove_resume,
         reshard_checkpoint,
         verify_checkpoint,
     )
@@ -83,6 +85,7 @@ def _parser() -> argparse.ArgumentParser:
         verify_checkpoint,
         reshard_checkpoint,
         diff_checkpoints,
+        prove_resume,
         compare_loss,
     ):
         module.add_parser(verbs)

@@ -277,16 +277,21 @@ class _Comparison:
         """What is said above, by part."""
         num_tensors = Counter(self._a.opened.entry(pair.fqn).part for pair in pairs)
         different: dict[str, list[str]] = {}
-        named = [(item.part, str(item)) for item in (*self.sorted_values(), *tensors)]
-        for part, line in (*zip(self._parts_of_names, map(str, self.names), strict=True), *named):
+        named = [*zip(self._parts_of_names, map(str, self.names), strict=True)]
+        named += [(item.part, str(item)) for item in self.sorted_values()]
+        named += [(item.part, str(item)) for item in tensors]
+        for part, line in named:
             different.setdefault(part, []).append(line)
         for part in sorted({*num_tensors, *self.num_values, *different}):
             lines = tuple(different.get(part, ()))
             yield PartDifference(part, num_tensors[part], self.num_values[part], lines)
 
     def sorted_values(self) -> list[ValueDifference]:
-        """Causes before what follows from them: positions, schedules and generators, then options
-        of parts that hold tensors, then the trainer state, whose losses and bests follow."""
+        """Causes before what follows from them.
+
+        Positions, schedules and generators; then options of parts that hold tensors; then the
+        trainer state, whose losses follow from all.
+        """
         with_tensors = {e.part for side in (self._a, self._b) for e in side.tensors.values()}
 
         def place(item: ValueDifference) -> tuple[bool, bool]:
