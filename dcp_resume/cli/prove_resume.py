@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import argparse
 import shlex
-import signal
 import sys
-from types import FrameType
 from typing import TYPE_CHECKING
 
 from dcp_resume.cli.arguments import add_verb, read_pairs
@@ -86,7 +84,6 @@ def _run(arguments: argparse.Namespace) -> int:
         storage_options=read_pairs(arguments.storage_option) or None,
         diff=DiffOptions(ignored=tuple(arguments.ignore)),
     )
-    signal.signal(signal.SIGTERM, _interrupt)  # so that the legs' processes end with this one
     scratch = Scratch.at(arguments.scratch)
     print(f"the legs write to {scratch.directory}/*.out", file=sys.stderr)
     proof = prove_resume(plan, scratch, lambda text: print(text, file=sys.stderr, flush=True))
@@ -98,10 +95,6 @@ def _run(arguments: argparse.Namespace) -> int:
         scratch.remove()
         return ExitCode.OK
     return ExitCode.DIFFERENT
-
-
-def _interrupt(number: int, frame: FrameType | None) -> None:
-    raise KeyboardInterrupt
 
 
 def _document(proof: Proof, url: str) -> dict[str, object]:
@@ -124,12 +117,12 @@ def _print(proof: Proof, url: str) -> None:
         print(f"step {found.step_a}, {when}:")
         print_difference(found)
         print()
-    between = f"stopped at step {proof.stop_at} and resumed, at step {proof.last}"
+    what = f"the training that was stopped at step {proof.stop_at} and resumed"
     if proof.verdict is Verdict.EXACT:
-        print(f"PROVEN: the training that was {between} is the straight one, bit for bit")
+        print(f"PROVEN: {what} is at step {proof.last} the straight one, bit for bit")
         return
     if proof.verdict is Verdict.NOT_EXACT:
-        print(f"NOT PROVEN: the training that was {between} is not the straight one")
+        print(f"NOT PROVEN: {what} is at step {proof.last} not the straight one")
         if not proof.is_reproducible_to_the_stop:
             print(
                 f"whether two trainings agree up to the stop is not known: save step "

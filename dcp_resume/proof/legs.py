@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 import shlex
 import signal
 import subprocess
 import time
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from types import FrameType
 from typing import IO
 
 from dcp_resume.errors import LegFailed
@@ -57,13 +56,21 @@ class Leg:
 
 
 def run_leg(leg: Leg) -> None:
-    """Run a leg to its end; if this is interrupted, the leg's processes end first.
+    """Run a leg to its end; call it in the main thread.
+
+    SIGINT and SIGTERM end the leg's processes, and then raise ``KeyboardInterrupt``.
 
     Raises:
         LegFailed: The command cannot be started, or did not end well.
     """
-    with leg.output.open("wb") as lines, _group(leg, lines) as process:
-        returncode = process.wait()
+    with leg.output.open("wb") as lines, _Interruptions() as interruptions:
+        process = _start(leg, lines)
+        try:
+            interruptions.let_through()
+            returncode = process.wait()
+        finally:
+            if process.poll() is None:
+                _end(process)
     if returncode:
         how = f"ended with {returncode}"
         if returncode < 0:
@@ -71,10 +78,37 @@ def run_leg(leg: Leg) -> None:
         raise leg.failed(how, "run it by hand until it works, then prove again", returncode)
 
 
-@contextlib.contextmanager
-def _group(leg: Leg, output: IO[bytes]) -> Iterator[subprocess.Popen[bytes]]:
+class _Interruptions:
+    """SIGINT and SIGTERM, kept back until the process that they shall end is known.
+
+    Without it, one that comes while the process is being started would leave that behind.
+    """
+
+    def __enter__(self) -> _Interruptions:
+        self._are_let_through = self._is_pending = False
+        numbers = (signal.SIGINT, signal.SIGTERM)
+        self._before = {number: signal.signal(number, self._note) for number in numbers}
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def let_through(self) -> None:
+        """From now on raise at once; also what came before."""
+        self._are_let_through = True
+        if self._is_pending:
+            raise KeyboardInterrupt
+
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        self._is_pending = True
+        if self._are_let_through:
+            raise KeyboardInterrupt
+
+
+def _start(leg: Leg, output: IO[bytes]) -> subprocess.Popen[bytes]:
     try:
-        process = subprocess.Popen(
+        return subprocess.Popen(
             leg.words,
             stdin=subprocess.DEVNULL,
             stdout=output,
@@ -84,11 +118,6 @@ def _group(leg: Leg, output: IO[bytes]) -> Iterator[subprocess.Popen[bytes]]:
         )
     except OSError as error:
         raise leg.failed(f"cannot be started ({error})", "check the command", 127) from error
-    try:
-        yield process
-    finally:
-        if process.poll() is None:
-            _end(process)
 
 
 def _end(process: subprocess.Popen[bytes]) -> None:
