@@ -37,7 +37,8 @@
     │   └── SaveInProgress                     a save is running and the policy is to refuse
     ├── RetireRefused                          the run or its policy still needs the checkpoint
     ├── Fenced                                 a newer incarnation of the run has opened the log
-    └── RunMismatch                            two different runs share one root
+    ├── RunMismatch                            two different runs share one root
+    └── LegFailed                              a training of a proof did not do its part
 
 Each class says what failed, on which object, what was expected and found, and what to do. The
 facts are attributes too (``error.key``, ``error.rank``), and survive ``pickle``, because DCP's
@@ -66,6 +67,7 @@ __all__ = [
     "InvalidDocument",
     "KeyExists",
     "KeyNotFound",
+    "LegFailed",
     "LoadError",
     "LoadRefused",
     "MissingAncestors",
@@ -377,6 +379,18 @@ class RunMismatch(DcpResumeError):
 
     expected: str
     found: str
+
+
+class LegFailed(DcpResumeError):
+    """A training that a proof of a resume ran did not do its part, so nothing is proved."""
+
+    leg: str
+    """Which one: ``straight``, ``stopped`` or ``resumed``."""
+    returncode: int
+    """Exit status of its command; negative for a signal; 0 where it ended well, and yet did not
+    save or resume as the proof needs."""
+    output: str
+    """File that holds all that it said."""
 
 
 def summarise(problems: Sequence[Problem], *, limit: int = 20) -> str:

@@ -36,6 +36,7 @@ def parse_flags(description: str, arguments: Sequence[str] | None = None) -> arg
     args = parser.parse_args(arguments)
     args.save, args.load = args.save.rstrip("/"), args.load.rstrip("/")
     args.lora_target_modules = args.lora_target_modules or lora.TARGETS[args.model]
+    args.stop_at = min(args.stop_at or args.num_iteration, args.num_iteration)
     args.world_size = int(os.environ.get("WORLD_SIZE", "1"))
     faults = [fault for check in CHECKS for fault in check(args)]
     if faults:
@@ -86,6 +87,9 @@ def _add_training_flags(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("training")
     count = _number(int, 1)
     group.add_argument("--num_iteration", type=count, default=40, help="number of the last step")
+    group.add_argument(
+        "--stop_at", type=count, metavar="N", help="end early, after step N, as if preempted"
+    )
     group.add_argument("--batch_size", type=count, default=8, help="sequences in a micro batch")
     group.add_argument("--sequence_length", type=count, default=64, help="tokens")
     group.add_argument(

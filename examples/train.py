@@ -16,6 +16,7 @@ import contextlib
 import json
 import logging
 import os
+import random
 import signal
 import sys
 import time
@@ -25,6 +26,7 @@ from dataclasses import asdict
 from typing import Any
 
 import lora
+import numpy as np
 import torch
 import torch.distributed as dist
 from flags import layout_of, model_of, num_micro_batches, parse_flags
@@ -62,7 +64,7 @@ class Trainer:
         self.data = make_data(args, self.model)
         self.progress = TrainerState()  # ← dcp_resume
         stream, num_streams = self.model.random_stream()
-        torch.manual_seed(args.seed + stream)
+        seed_generators(args.seed + stream)
         self.state = {  # ← dcp_resume: all that a checkpoint holds
             "model": self.model.stages,
             "optim": self.optimizers,
@@ -118,7 +120,7 @@ def train(args: argparse.Namespace) -> Trainer:
             with CheckpointManager(args.lora_load_path) as adapters:  # ← dcp_resume
                 adapters.load(adapter_state(trainer))
         preemptions = [stack.enter_context(listen(runs[args.save]))] if args.save else []
-        while trainer.progress.step < args.num_iteration:
+        while trainer.progress.step < args.stop_at:
             trainer.step()
             for preemption in preemptions:
                 if preemption.should_stop(trainer.progress.step):
@@ -187,7 +189,7 @@ def resume(
 
 
 def is_due(args: argparse.Namespace, step: int) -> bool:
-    is_last = step == args.num_iteration
+    is_last = step == args.stop_at
     return bool(args.save) and (is_last or step % args.save_interval == 0)
 
 
@@ -229,6 +231,13 @@ def make_optimizer(args: argparse.Namespace, stage: nn.Module) -> Optimizer:
     kind = {"sgd": SGD, "adamw": AdamW}[args.optimizer]
     # One tensor at a time (foreach=False): tensors of one model lie on different meshes.
     return kind(parameters, lr=args.learning_rate, foreach=False)
+
+
+def seed_generators(seed: int) -> None:
+    """Every generator that a checkpoint holds, used or not: two runs then hold the same."""
+    random.seed(seed)
+    np.random.seed(seed)
+    torch.manual_seed(seed)
 
 
 class Schedules:

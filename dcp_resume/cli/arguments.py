@@ -18,6 +18,8 @@ if TYPE_CHECKING:
 __all__ = [
     "PATIENT",
     "Request",
+    "add_other_step",
+    "add_plain_verb",
     "add_step",
     "add_verb",
     "add_yes",
@@ -37,15 +39,8 @@ _BRIEF = RetryPolicy(deadline_s=30.0)
 def add_verb(
     verbs: Verbs, name: str, *, summary: str, description: str, examples: str
 ) -> argparse.ArgumentParser:
-    """Add a verb with what every verb takes: output, storage options, debugging."""
-    verb = verbs.add_parser(
-        name,
-        help=summary,
-        description=description,
-        epilog=f"examples:\n{examples}\n{EXIT_CODES_HELP}",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    verb.add_argument("--json", action="store_true", help="print one JSON document")
+    """Add a verb with what every verb that opens a URL takes."""
+    verb = add_plain_verb(verbs, name, summary=summary, description=description, examples=examples)
     verb.add_argument(
         "--storage-option",
         action="append",
@@ -54,6 +49,21 @@ def add_verb(
         help="option of the file system, such as endpoint_url=http://host:9000; the value may be "
         "JSON; may be repeated; local paths take none",
     )
+    return verb
+
+
+def add_plain_verb(
+    verbs: Verbs, name: str, *, summary: str, description: str, examples: str
+) -> argparse.ArgumentParser:
+    """Add a verb with what every verb takes: output, debugging."""
+    verb = verbs.add_parser(
+        name,
+        help=summary,
+        description=description,
+        epilog=f"examples:\n{examples}\n{EXIT_CODES_HELP}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    verb.add_argument("--json", action="store_true", help="print one JSON document")
     verb.add_argument("--debug", action="store_true", help="show a traceback on errors")
     return verb
 
@@ -66,6 +76,16 @@ def add_step(verb: argparse.ArgumentParser, *words: Literal["latest", "best", "a
         default="latest",
         metavar="|".join(("N", *words, "TAG")),
         help="which checkpoint (default: latest)",
+    )
+
+
+def add_other_step(verb: argparse.ArgumentParser, *words: Literal["latest", "best"]) -> None:
+    """Add ``--other-step``, for the second of two URLs; None is as ``--step`` says."""
+    verb.add_argument(
+        "--other-step",
+        type=_step_reader(words),
+        metavar="|".join(("N", *words)),
+        help="which checkpoint of the second URL (default: as --step)",
     )
 
 

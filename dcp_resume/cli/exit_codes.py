@@ -23,6 +23,7 @@ class ExitCode(IntEnum):
     USAGE = 2
     NOT_FOUND = 3
     STORAGE = 4
+    DIFFERENT = 5
     INTERRUPTED = 130
 
 
@@ -33,6 +34,7 @@ exit codes:
   2    wrong arguments, options or layout file
   3    no such run or checkpoint
   4    the storage refused or failed
+  5    what was compared is not equal
   130  interrupted (Ctrl-C)
 """
 

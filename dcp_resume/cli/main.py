@@ -16,8 +16,9 @@ from dcp_resume.events import subscribe
 __all__ = ["main"]
 
 _DESCRIPTION = """\
-Look at, prove, reshard and prune the checkpoints of a training run. URL is a path, file://, s3://bucket/…
-or another URL that fsspec knows; credentials come from the environment, as for any AWS client.
+Look at, verify, compare, reshard and prune the checkpoints of a training run, and prove that it resumes.
+URL is a path, file://, s3://bucket/… or another URL that fsspec knows; credentials come from the
+environment, as for any AWS client.
 """
 _EPILOG = f"""\
 examples:
@@ -67,9 +68,12 @@ def _parser() -> argparse.ArgumentParser:
     # Imported here, so that Ctrl-C during the tenths of a second this takes ends without a trace.
     from dcp_resume.cli import (
         collect_litter,
+        compare_loss,
+        diff_checkpoints,
         inspect_checkpoint,
         list_run,
         mark_checkpoint,
+        prove_resume,
         prune_run,
         quarantine_checkpoint,
         reshard_checkpoint,
@@ -83,8 +87,19 @@ def _parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     verbs = parser.add_subparsers(title="verbs", metavar="VERB", required=True)
-    modules = (list_run, inspect_checkpoint, verify_checkpoint, reshard_checkpoint)
-    for module in (*modules, prune_run, mark_checkpoint, quarantine_checkpoint, collect_litter):
+    for module in (
+        list_run,
+        inspect_checkpoint,
+        verify_checkpoint,
+        reshard_checkpoint,
+        diff_checkpoints,
+        prove_resume,
+        compare_loss,
+        prune_run,
+        mark_checkpoint,
+        quarantine_checkpoint,
+        collect_litter,
+    ):
         module.add_parser(verbs)
     return parser
 

@@ -1,0 +1,1 @@
+"""Whether a run goes on as if it had never been interrupted: by its losses, by its checkpoints."""
