@@ -47,10 +47,11 @@ collectives carry exceptions between ranks that way.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping
 from inspect import get_annotations
 from typing import Any
+
+from dcp_resume.problems import Problem
 
 __all__ = [
     "CheckpointNotFound",
@@ -94,21 +95,6 @@ __all__ = [
     "UnsupportedLeaf",
     "UnsupportedStore",
 ]
-
-
-@dataclass(frozen=True, slots=True, order=True)
-class Problem:
-    """One fault of a document or a state: where it lies, its kind, and what to know about it."""
-
-    where: str
-    """Place of the fault: a key, a field path (``tensors[3].dtype``) or an FQN."""
-    kind: str
-    """Machine-readable kind, such as ``missing``, ``shape``, ``overlap``, ``path_escape``."""
-    message: str
-    """One sentence: expected and found."""
-
-    def __str__(self) -> str:
-        return f"{self.where}: {self.message} [{self.kind}]"
 
 
 def _rebuild(kind: type[DcpResumeError], message: str, facts: dict[str, Any]) -> DcpResumeError:
@@ -391,11 +377,3 @@ class LegFailed(DcpResumeError):
     save or resume as the proof needs."""
     output: str
     """File that holds all that it said."""
-
-
-def summarise(problems: Sequence[Problem], *, limit: int = 20) -> str:
-    """Lay problems out one a line for a message; at most ``limit`` lines, with the rest counted."""
-    lines = [f"  - {problem}" for problem in problems[:limit]]
-    if len(problems) > limit:
-        lines.append(f"  … and {len(problems) - limit} more")
-    return "\n".join(lines)

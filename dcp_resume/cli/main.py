@@ -16,9 +16,9 @@ from dcp_resume.events import subscribe
 __all__ = ["main"]
 
 _DESCRIPTION = """\
-Look at, verify, compare, reshard and prune the checkpoints of a training run, and prove that it resumes.
-URL is a path, file://, s3://bucket/… or another URL that fsspec knows; credentials come from the
-environment, as for any AWS client.
+Look at, verify, compare, reshard and prune the checkpoints of a training run, and prove that it
+resumes. URL is a path, file://, s3://bucket/… or another URL that fsspec knows; credentials come
+from the environment, as for any AWS client.
 """
 _EPILOG = f"""\
 examples:

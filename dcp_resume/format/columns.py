@@ -14,9 +14,10 @@ from typing import Any, TypeAlias
 import numpy as np
 import numpy.typing as npt
 
-from dcp_resume.errors import InvalidDocument, Problem, summarise
+from dcp_resume.errors import InvalidDocument, Problem
 from dcp_resume.format.strict_json import load_strict
 from dcp_resume.manifest.values import Json
+from dcp_resume.problems import summarise
 
 __all__ = ["Columns", "Schema", "pack_columns", "unpack_columns"]
 

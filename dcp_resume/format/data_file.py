@@ -14,10 +14,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from dcp_resume.errors import InvalidDocument, Problem, summarise
+from dcp_resume.errors import InvalidDocument, Problem
 from dcp_resume.format.dtypes import DTYPES, RESERVED_KEY
 from dcp_resume.format.strict_json import load_strict
 from dcp_resume.manifest.values import Json
+from dcp_resume.problems import summarise
 
 __all__ = ["ChunkHeader", "header_bytes", "parse_header"]
 

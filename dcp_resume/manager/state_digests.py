@@ -6,12 +6,13 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
-from dcp_resume.errors import IncompletePlan, ReplicaMismatch, summarise
+from dcp_resume.errors import IncompletePlan, ReplicaMismatch
 from dcp_resume.format.dtypes import ITEMSIZES
 from dcp_resume.manager.stateful import bind_state, declarations_of
 from dcp_resume.planning.declarations import Declarations
 from dcp_resume.planning.padding import logical_shape
 from dcp_resume.planning.state import LocalState, describe_state
+from dcp_resume.problems import summarise
 from dcp_resume.session.held_tensors import HeldMemory, HeldTotals, digest_held
 from dcp_resume.session.ranks import Ranks
 

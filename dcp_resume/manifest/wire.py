@@ -17,7 +17,7 @@ from typing import Any, TypeVar
 from pydantic import TypeAdapter, ValidationError
 from pydantic_core import ErrorDetails
 
-from dcp_resume.errors import InvalidDocument, Problem, UnsupportedFormat, summarise
+from dcp_resume.errors import InvalidDocument, Problem, UnsupportedFormat
 from dcp_resume.manifest.models import (
     FORMAT_MAJOR,
     FORMAT_NAME,
@@ -27,6 +27,7 @@ from dcp_resume.manifest.models import (
 )
 from dcp_resume.manifest.records import LogRecord, log_record_adapter
 from dcp_resume.manifest.values import Json
+from dcp_resume.problems import summarise
 
 __all__ = [
     "MAX_CATALOG_BYTES",

@@ -12,7 +12,8 @@ from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from torch.distributed.checkpoint.planner import LoadItemType, LoadPlan, ReadItem
 from torch.distributed.tensor import DTensor
 
-from dcp_resume.errors import LoadRefused, Problem, summarise
+from dcp_resume.errors import LoadRefused, Problem
+from dcp_resume.problems import summarise
 
 __all__ = ["LoadPlanner"]
 

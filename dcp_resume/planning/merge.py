@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from dcp_resume.errors import IncompletePlan, Problem, summarise
+from dcp_resume.errors import IncompletePlan, Problem
 from dcp_resume.format.dtypes import ITEMSIZES
 from dcp_resume.manifest.models import MeshEntry, TensorEntry
 from dcp_resume.planning.balance import assign_writers, share_rows
@@ -30,6 +30,7 @@ from dcp_resume.planning.replicas import Holders, deduplicate, join_aliases
 from dcp_resume.planning.table import Table
 from dcp_resume.planning.union import Union, unite
 from dcp_resume.planning.values import merge_values
+from dcp_resume.problems import summarise
 
 __all__ = ["GlobalPlan", "merge"]
 

@@ -9,10 +9,11 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from dcp_resume.errors import Problem, ReplicaMismatch, summarise
+from dcp_resume.errors import Problem, ReplicaMismatch
 from dcp_resume.manifest.models import TensorEntry
 from dcp_resume.planning.table import Table
 from dcp_resume.planning.union import Union
+from dcp_resume.problems import summarise
 
 __all__ = ["Holders", "Named", "deduplicate", "join_aliases"]
 

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch.distributed.tensor import DTensor
 
-from dcp_resume.errors import DuplicateFqn, Problem, StateError, UnsupportedLeaf, summarise
+from dcp_resume.errors import DuplicateFqn, Problem, StateError, UnsupportedLeaf
 from dcp_resume.format.dtypes import check_tensor
 from dcp_resume.format.leaves import encode_leaf
 from dcp_resume.manifest.checks import name_problems
@@ -24,6 +24,7 @@ from dcp_resume.planning.local_shards import hold_flat, hold_split
 from dcp_resume.planning.mesh_place import MeshPlace
 from dcp_resume.planning.parameters import ParameterNames
 from dcp_resume.planning.ties import Ties
+from dcp_resume.problems import summarise
 
 __all__ = ["PER_RANK_LEAVES", "SHARED_LEAVES", "LocalState", "describe_state"]
 

@@ -8,9 +8,10 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from dcp_resume.errors import IncompletePlan, Problem, summarise
+from dcp_resume.errors import IncompletePlan, Problem
 from dcp_resume.manifest.models import MeshEntry, TensorEntry
 from dcp_resume.planning.plans import LocalPlan, decode_structure
+from dcp_resume.problems import summarise
 
 __all__ = ["Union", "unite"]
 

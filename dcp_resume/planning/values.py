@@ -6,10 +6,11 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from dcp_resume.errors import IncompletePlan, Problem, ReplicaMismatch, summarise
+from dcp_resume.errors import IncompletePlan, Problem, ReplicaMismatch
 from dcp_resume.format.leaves import pack_leaves, unpack_leaves
 from dcp_resume.planning.flattening import part_of
 from dcp_resume.planning.plans import SHARED_LEAVES, WITHHELD, LocalPlan
+from dcp_resume.problems import summarise
 
 __all__ = ["merge_values"]
 

@@ -34,12 +34,12 @@ from dcp_resume.errors import (
     LoadRefused,
     PartialLoad,
     Problem,
-    summarise,
 )
 from dcp_resume.format.dtypes import DTYPES
 from dcp_resume.format.leaves import decode_leaf
 from dcp_resume.manifest.boxes import Box
 from dcp_resume.manifest.keys import MANIFEST_NAME
+from dcp_resume.problems import summarise
 from dcp_resume.session.incarnation import incarnation_of
 from dcp_resume.session.load import Located
 from dcp_resume.session.opening import OpenedCheckpoint, open_checkpoint

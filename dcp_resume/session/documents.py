@@ -15,7 +15,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from dcp_resume.errors import IncompletePlan, summarise
+from dcp_resume.errors import IncompletePlan
 from dcp_resume.format.chunk_index import ChunkIndex
 from dcp_resume.format.digests import choose_block_size, digest_bytes, digest_hex, fold
 from dcp_resume.format.dtypes import ITEMSIZES
@@ -42,6 +42,7 @@ from dcp_resume.manifest.models import (
 from dcp_resume.manifest.wire import encode
 from dcp_resume.planning.flattening import part_of
 from dcp_resume.planning.merge import GlobalPlan
+from dcp_resume.problems import summarise
 from dcp_resume.session.tensor_digests import can_have_digest, with_digest
 from dcp_resume.session.writing import RankReport
 

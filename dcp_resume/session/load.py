@@ -28,7 +28,6 @@ from dcp_resume.errors import (
     LoadRefused,
     PartialLoad,
     Problem,
-    summarise,
 )
 from dcp_resume.events import LoadFinished, emit
 from dcp_resume.format.leaves import decode_leaf
@@ -36,6 +35,7 @@ from dcp_resume.manifest.history import CommitEntry
 from dcp_resume.manifest.models import DocumentRef
 from dcp_resume.manifest.report import ReportItem, Severity, overridden
 from dcp_resume.planning.state import LocalState
+from dcp_resume.problems import summarise
 from dcp_resume.session.compare import LoadReport, Strictness, compare_state
 from dcp_resume.session.loaded_tensors import prove_loaded, unrecorded
 from dcp_resume.session.opening import OpenedCheckpoint, check_files, open_checkpoint

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from dcp_resume.errors import TensorMismatch, summarise
+from dcp_resume.errors import TensorMismatch
 from dcp_resume.format.dtypes import ITEMSIZES
 from dcp_resume.manifest.report import ReportItem, Severity
 from dcp_resume.planning.held import HeldTensor
 from dcp_resume.planning.padding import logical_shape
 from dcp_resume.planning.state import LocalState
+from dcp_resume.problems import summarise
 from dcp_resume.session.held_tensors import HeldMemory, HeldTotals, digest_held
 from dcp_resume.session.opening import OpenedCheckpoint
 from dcp_resume.session.tensor_digests import can_have_digest, differing, recorded_digest

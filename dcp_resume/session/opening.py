@@ -20,7 +20,6 @@ from dcp_resume.errors import (
     MissingAncestors,
     Problem,
     ShortRead,
-    summarise,
 )
 from dcp_resume.format.chunk_index import ChunkIndex
 from dcp_resume.format.digests import FileBlocks, check_digest, digest_bytes
@@ -30,6 +29,7 @@ from dcp_resume.manifest.checks import checkpoint_problems
 from dcp_resume.manifest.keys import MANIFEST_NAME
 from dcp_resume.manifest.models import Catalog, DocumentRef, Manifest, TensorEntry
 from dcp_resume.manifest.wire import MAX_MANIFEST_BYTES, decode_catalog, decode_manifest
+from dcp_resume.problems import summarise
 from dcp_resume.storage import ObjectStore
 
 __all__ = ["OpenedCheckpoint", "open_checkpoint"]

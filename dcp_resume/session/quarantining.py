@@ -10,8 +10,9 @@ from __future__ import annotations
 
 from collections.abc import Collection, Sequence
 
-from dcp_resume.errors import DamageDisputed, InvalidCheckpoint, PartialLoad, summarise
+from dcp_resume.errors import DamageDisputed, InvalidCheckpoint, PartialLoad
 from dcp_resume.events import CheckpointSkipped, emit
+from dcp_resume.problems import summarise
 from dcp_resume.session.load import Located
 from dcp_resume.session.marks import quarantine
 from dcp_resume.session.opening import open_checkpoint

@@ -26,7 +26,6 @@ from dcp_resume.errors import (
     LoadRefused,
     Problem,
     StorageError,
-    summarise,
 )
 from dcp_resume.format.digests import choose_block_size
 from dcp_resume.format.dtypes import ITEMSIZES
@@ -43,6 +42,7 @@ from dcp_resume.manifest.models import Manifest
 from dcp_resume.planning.layout_rules import LayoutRules, TargetMesh
 from dcp_resume.planning.layouts import Kept, StoredState, TargetLayout, plan_layout
 from dcp_resume.planning.plans import unpad_box
+from dcp_resume.problems import summarise
 from dcp_resume.session.attempt import Attempt
 from dcp_resume.session.commit import Committed, choose_newest
 from dcp_resume.session.documents import AttemptIdentity, Facts, tensor_digests

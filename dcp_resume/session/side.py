@@ -7,15 +7,17 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import TypeAlias
 
-from dcp_resume.errors import CorruptData, summarise
+from dcp_resume.errors import CorruptData
 from dcp_resume.format.leaves import unpack_leaves
 from dcp_resume.manifest.boxes import Box
 from dcp_resume.manifest.models import TensorEntry
 from dcp_resume.planning.plans import PER_RANK_LEAVES, SHARED_LEAVES, unpad_box
 from dcp_resume.planning.ties import Ties
-from dcp_resume.session.finding import Request, find_checkpoints
+from dcp_resume.problems import summarise
+from dcp_resume.session.finding import find_checkpoints
 from dcp_resume.session.opening import OpenedCheckpoint, open_checkpoint
 from dcp_resume.session.reading import read_targets
+from dcp_resume.session.selecting import Request
 from dcp_resume.session.targets import Target
 from dcp_resume.session.values import StoredValue
 from dcp_resume.storage import ObjectStore

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from dcp_resume.errors import CorruptData, summarise
+from dcp_resume.errors import CorruptData
 from dcp_resume.format.data_file import ChunkHeader, header_bytes
 from dcp_resume.format.digests import block_bounds
 from dcp_resume.format.dtypes import ITEMSIZES
@@ -21,6 +21,7 @@ from dcp_resume.manifest.models import TensorEntry
 from dcp_resume.planning.files import FileLayout
 from dcp_resume.planning.padding import logical_shape
 from dcp_resume.planning.plans import unpad_box
+from dcp_resume.problems import summarise
 from dcp_resume.session.opening import OpenedCheckpoint
 from dcp_resume.session.reading import read_targets
 from dcp_resume.session.targets import Target
