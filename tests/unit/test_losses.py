@@ -139,6 +139,8 @@ def test_logs_that_cannot_be_compared_are_refused(tmp_path):
         compare_logs(tmp_path / "a", tmp_path / "b")
     with pytest.raises(ConfigurationError, match="cannot read"):
         compare_logs(log, tmp_path / "nothing.log")
+    with pytest.raises(ConfigurationError, match="expected a dtype of float64, "):
+        compare_logs(log, log, "int8")
 
 
 def test_the_verb_shows_each_step_and_says_it_by_its_exit_code(tmp_path, capsys):
