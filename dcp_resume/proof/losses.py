@@ -15,6 +15,7 @@ from dcp_resume.proof.loss_logs import LOG_SUFFIXES, LossLog, find_logs, read_lo
 __all__ = [
     "TOLERANCES",
     "LogComparison",
+    "LogPairs",
     "StepComparison",
     "Tolerance",
     "compare_logs",
@@ -160,8 +161,13 @@ def compare_logs(
         tolerance: None for that of the dtype.
 
     Raises:
-        ConfigurationError: One is a file, the other a directory; or one cannot be read.
+        ConfigurationError: One is a file, the other a directory; one cannot be read; or the dtype
+            has no tolerance.
     """
+    if dtype is not None and dtype not in TOLERANCES:
+        raise ConfigurationError(
+            f"expected a dtype of {', '.join(TOLERANCES)}, got {dtype!r}", option="dtype"
+        )
     if a.is_dir() != b.is_dir():
         raise ConfigurationError(f"{a} and {b} must be two files or two directories", option="log")
     if not a.is_dir():

@@ -180,7 +180,7 @@ class TensorComparer:
             return
         dtype = self.a.opened.entry(piece.pair.fqn).dtype
         rows_a, rows_b = (side.reshape(-1, ITEMSIZES[dtype]) for side in (a, b))
-        different = np.flatnonzero((rows_a != rows_b).any(axis=1))
+        different = _rows_that_differ(rows_a, rows_b)
         place = np.unravel_index(int(different[0]), piece.box.sizes) if piece.box.sizes else ()
         index = tuple(int(i) + o for i, o in zip(place, piece.box.offsets, strict=True))
         found = self._found.setdefault(piece.pair, _Found(index))
@@ -233,6 +233,12 @@ def _blocks_of(opened: OpenedCheckpoint, chunk: int) -> tuple[npt.NDArray[np.int
     last = int(np.searchsorted(bounds, begin + length, side="left"))
     number = int(opened.blocks.first[file])
     return bounds[first : last + 1] - begin, index.block_digest[number + first : number + last]
+
+
+def _rows_that_differ(a: Bytes, b: Bytes) -> npt.NDArray[np.int64]:
+    """Numbers of the rows of two uint8[n, itemsize] that differ; by words, which is faster."""
+    word = np.dtype(f"u{min(a.shape[1], 8)}")
+    return np.flatnonzero((a.view(word) != b.view(word)).any(axis=1))
 
 
 def _measure(dtype: str, a: Bytes, b: Bytes) -> _Measured:

@@ -1,20 +1,23 @@
 """Where two encoded values differ: the place inside them, and what stands there. Pure.
 
 Values are compared as they are stored, so 1, 1.0 and True differ, 0.0 and -0.0 differ, and a NaN
-equals itself. The order of a mapping's keys does not count.
+equals itself. The order of a mapping's keys does not count, but of one that says it is ordered.
 """
 
 from __future__ import annotations
 
-import base64
 import json
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import numpy as np
+import numpy.typing as npt
+import torch
 
 from dcp_resume.format.leaves import decode_leaf
+from dcp_resume.format.tensor_bytes import as_bytes
 from dcp_resume.manifest.values import Json
 
 __all__ = ["ValueDifference", "compare_values"]
@@ -57,12 +60,15 @@ class _Place(NamedTuple):
 def compare_values(
     fqn: str, part: str, a: Json, b: Json, ranks: Sequence[int] = ()
 ) -> ValueDifference | None:
-    """The first difference of two encoded values; None if they are equal."""
-    if _text(a) == _text(b):
+    """The first difference of two encoded values; None if they are equal.
+
+    Raises:
+        InvalidDocument: An array inside a value is malformed.
+    """
+    places = [] if _text(a) == _text(b) else list(_places(a, b, ""))
+    if not places:
         return None
-    places = list(_places(a, b, ""))
-    first = places[0]
-    return ValueDifference(fqn, part, tuple(ranks), *first, num_different=len(places))
+    return ValueDifference(fqn, part, tuple(ranks), *places[0], num_different=len(places))
 
 
 def _text(value: Json) -> str:
@@ -85,27 +91,29 @@ def _places(a: Json, b: Json, path: str) -> Iterator[_Place]:
 
 
 def _array_places(tag: str, a: Json, b: Json, path: str) -> Iterator[_Place]:
+    array_a, array_b = (decode_leaf(value, f"value{path}") for value in (a, b))
     mine, other = a[tag], b[tag]
     if (mine["dtype"], mine["shape"]) != (other["dtype"], other["shape"]):
         yield _Place(path, _shape_text(mine), _shape_text(other))
         return
-    bytes_a, bytes_b = (np.frombuffer(base64.b64decode(x["data"]), np.uint8) for x in (mine, other))
     shape = tuple(mine["shape"] or ())
-    count = int(np.prod(shape, dtype=np.int64))
-    rows = (bytes_a != bytes_b).reshape(count, -1).any(axis=1)
-    array_a, array_b = (np.asarray(_elements(x)) for x in (a, b))
-    for number in np.flatnonzero(rows).tolist():
-        index = np.unravel_index(number, shape) if shape else ()
-        where = f"{path}[{', '.join(str(int(i)) for i in index)}]" if shape else path
-        yield _Place(where, str(array_a[index]), str(array_b[index]))
+    count = math.prod(shape)
+    bytes_a, bytes_b = (_bytes(array).reshape(count, -1) for array in (array_a, array_b))
+    for number in np.flatnonzero((bytes_a != bytes_b).any(axis=1)).tolist():
+        index = tuple(int(i) for i in np.unravel_index(number, shape)) if shape else ()
+        where = f"{path}[{', '.join(map(str, index))}]" if shape else path
+        yield _Place(where, _element(array_a, index), _element(array_b, index))
 
 
-def _elements(encoded: Mapping[str, Any]) -> Any:
-    found: Any = decode_leaf(encoded, "value")
-    if "$numpy" in encoded:
-        return found
-    # numpy has no bfloat16 and no float8.
-    return found.float().numpy() if found.is_floating_point() else found.numpy()
+def _bytes(array: Any) -> npt.NDArray[np.uint8]:
+    """uint8[bytes] of a numpy array or scalar, or of a tensor."""
+    if isinstance(array, torch.Tensor):
+        return np.frombuffer(as_bytes(array), np.uint8)
+    return np.frombuffer(np.asarray(array).tobytes(), np.uint8)
+
+
+def _element(array: Any, index: tuple[int, ...]) -> str:
+    return str(array[index].item() if isinstance(array, torch.Tensor) else np.asarray(array)[index])
 
 
 def _shape_text(body: Mapping[str, Any]) -> str:

@@ -23,9 +23,11 @@ from dcp_resume import (
     TrainerState,
 )
 from dcp_resume.cli.main import main
-from dcp_resume.errors import ConfigurationError, CorruptData
+from dcp_resume.errors import ConfigurationError, CorruptData, InvalidDocument
+from dcp_resume.format.leaves import encode_leaf
 from dcp_resume.session.difference import DiffOptions, compare_checkpoints
 from dcp_resume.session.side import open_side
+from dcp_resume.session.value_difference import compare_values
 from dcp_resume.storage import open_store
 
 NAN, INF = math.nan, math.inf
@@ -123,6 +125,22 @@ def test_a_value_that_differs_is_named_to_the_place(compare, a, b, place, texts,
     )  # fmt: skip
     assert item.ranks == ()
     assert not found.is_equal
+
+
+def test_a_tensor_inside_a_value_is_compared_by_its_elements():
+    a, b = (encode_leaf({1: torch.tensor([1.5, x]).bfloat16()}, "v.x") for x in (2.0, 3.0))
+
+    found = compare_values("v.x", "v", a, b)
+
+    assert str(found) == "v.x[0][1][1]: 2.0 and 3.0"
+
+
+@pytest.mark.parametrize("data", ["AAAA", "!", 7])
+def test_an_array_that_is_malformed_is_an_error_of_the_checkpoint(data):
+    whole = {"$numpy": {"dtype": "<f8", "shape": [1], "data": "AAAAAAAA8D8="}}
+    torn = {"$numpy": {"dtype": "<f8", "shape": [1], "data": data}}
+    with pytest.raises(InvalidDocument, match="malformed"):
+        compare_values("v.x", "v", whole, torn)
 
 
 @pytest.mark.parametrize(

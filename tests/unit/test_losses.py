@@ -139,9 +139,11 @@ def test_logs_that_cannot_be_compared_are_refused(tmp_path):
         compare_logs(tmp_path / "a", tmp_path / "b")
     with pytest.raises(ConfigurationError, match="cannot read"):
         compare_logs(log, tmp_path / "nothing.log")
+    with pytest.raises(ConfigurationError, match="expected a dtype of float64, "):
+        compare_logs(log, log, "int8")
 
 
-def test_the_verb_shows_each_step_and_says_it_by_its_exit_code(tmp_path, capsys):
+def test_36_the_verb_shows_each_step_and_says_it_by_its_exit_code(tmp_path, capsys):
     whole = write(tmp_path / "whole.jsonl", {1: 4.0, 2: 3.0, 3: 2.5, 4: 2.0})
     resumed = write(tmp_path / "resumed.jsonl", {3: 2.5, 4: math.nan})
 
