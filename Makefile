@@ -8,10 +8,10 @@ PYTEST = $(PY) -m pytest -q
 export OMP_NUM_THREADS ?= 1
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo demo-s3 test test-ranks test-s3 test-ceph test-all lint check ci docs-lint docker-lint
+.PHONY: help setup demo demo-s3 test test-ranks test-s3 test-ceph test-all campaign-bit-flips lint check ci docs-lint docker-lint
 
 help:  ## list the verbs
-	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' Makefile
+	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / {printf "  make %-20s %s\n", $$1, $$2}' Makefile
 
 setup: | $(PY)  ## install into .venv: the library, the demo, the developers' tools
 	$(PY) -m pip install -q --upgrade 'pip>=25.1'  # the first that knows --group
@@ -40,6 +40,9 @@ test-ceph:  ## against Ceph; needs Debian's ceph-mon ceph-osd radosgw ceph-commo
 
 test-all:  ## every test but Ceph's
 	$(PYTEST)
+
+campaign-bit-flips:  ## flip 10,000 random bits of a run, one at a time: each must be found
+	$(PY) -m tests.campaigns.bit_flips
 
 lint:  ## format, lint, types, layers
 	$(PY) -m ruff format --check .

@@ -1,7 +1,8 @@
 """Documents to bytes and back. Every document is hostile until it has passed through here.
 
 Bytes are deterministic: UTF-8, keys sorted, a newline at the end, no NaN or Infinity. Digests are
-always over the exact bytes found, so a reader never has to reproduce them.
+always over the exact bytes found, so a reader never has to reproduce them. Manifests and log
+records end with a checksum of their own (``seals.py``).
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ from dcp_resume.manifest.models import (
     Manifest,
 )
 from dcp_resume.manifest.records import LogRecord, log_record_adapter
+from dcp_resume.manifest.seals import find_seal, seal
 from dcp_resume.manifest.values import Json
 
 __all__ = [
@@ -76,6 +78,8 @@ def encode(document: Manifest | Catalog | LogRecord) -> bytes:
             separators=(",", ": " if is_for_people else ":"),
         )
         data = text.encode("utf-8") + b"\n"
+        if not isinstance(document, Catalog):
+            data = seal(data)
     except (TypeError, ValueError, RecursionError) as error:
         raise _invalid(where, [Problem(where, "not_json", str(error))], "write") from error
     _check_size(data, where, cap, "write")
@@ -93,7 +97,7 @@ def decode_manifest(data: bytes, where: str) -> Manifest:
         UnsupportedFormat: Another format, a newer major version, or an unknown required feature.
         InvalidDocument: Malformed; every fault is listed.
     """
-    return _decode(data, where, MAX_MANIFEST_BYTES, _manifest_adapter)
+    return _decode_sealed(data, where, MAX_MANIFEST_BYTES, _manifest_adapter)
 
 
 def decode_catalog(data: bytes, where: str) -> Catalog:
@@ -113,8 +117,22 @@ def decode_record(data: bytes, where: str) -> LogRecord:
         UnsupportedFormat: Another format, a newer major version, or an unknown required feature.
         InvalidDocument: Malformed; every fault is listed.
     """
-    record: LogRecord = _decode(data, where, MAX_RECORD_BYTES, log_record_adapter)
+    record: LogRecord = _decode_sealed(data, where, MAX_RECORD_BYTES, log_record_adapter)
     return record
+
+
+def _decode_sealed(data: bytes, where: str, cap: int, adapter: TypeAdapter[_T]) -> _T:
+    _check_size(data, where, cap, "read")
+    found = find_seal(data)
+    if found is None:
+        # Another format need not end as ours does, so say that first, where it is so.
+        _check_format(_parse(data, where), where)
+        message = "expected a checksum as its last line, found none"
+        raise _invalid(where, [Problem(where, "checksum", message)])
+    if not found.is_whole:
+        message = f"it says checksum {found.checksum}, its bytes have {found.expected}"
+        raise _invalid(where, [Problem(where, "checksum", message)])
+    return _decode(found.content, where, cap, adapter)
 
 
 def _decode(data: bytes, where: str, cap: int, adapter: TypeAdapter[_T]) -> _T:

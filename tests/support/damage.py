@@ -14,6 +14,7 @@ import torch
 from dcp_resume import CheckpointManager, SaveMode, Settings
 from dcp_resume.format.chunk_index import ChunkIndex
 from dcp_resume.format.digests import digest_bytes, digest_hex
+from dcp_resume.manifest.seals import seal
 
 __all__ = [
     "NEWER",
@@ -23,6 +24,7 @@ __all__ = [
     "changed_parts",
     "flip",
     "flips",
+    "sealed",
     "small_files",
     "state_at",
 ]
@@ -80,10 +82,10 @@ class DamagedRun:
         path = self.attempt() / "manifest.json"
         document = json.loads(path.read_bytes())
         edit(document)
-        path.write_bytes(json.dumps(document).encode())
+        path.write_bytes(sealed(document))
         record = json.loads(self.commit_record().read_bytes())
         record["manifest"] |= _reference(path)
-        self.commit_record().write_bytes(json.dumps(record).encode())
+        self.commit_record().write_bytes(sealed(record))
 
     def edit_catalog(self, edit: Edit) -> None:
         """Change the catalog's document, in place, with every digest right."""
@@ -104,6 +106,12 @@ class DamagedRun:
         path.write_bytes(data)
         reference = {**_reference(path), "block_digests": [digest_bytes([data]).hex()]}
         self.edit_manifest(lambda manifest: manifest["chunk_index"].update(reference))
+
+
+def sealed(document: dict[str, Any]) -> bytes:
+    """The bytes of a manifest or log record, with a checksum that fits."""
+    fields = {name: value for name, value in document.items() if name != "checksum"}
+    return seal(json.dumps(fields).encode() + b"\n")
 
 
 def flip(path: Path, position: int) -> None:

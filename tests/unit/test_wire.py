@@ -23,6 +23,7 @@ from dcp_resume.manifest.models import (
     TrainerFacts,
 )
 from dcp_resume.manifest.records import OpenRecord, PinRecord
+from dcp_resume.manifest.seals import seal
 
 DIGEST = "xxh3-128:" + "0" * 32
 
@@ -83,7 +84,10 @@ MANIFEST = Manifest(
 
 
 def changed(document=OPEN, **fields):
-    return json.dumps({**json.loads(wire.encode(document)), **fields}).encode()
+    whole = json.loads(wire.encode(document))
+    whole.pop("checksum", None)
+    data = json.dumps({**whole, **fields}).encode() + b"\n"
+    return data if document is CATALOG else seal(data)
 
 
 def problems(data, decode=wire.decode_record):
@@ -121,7 +125,7 @@ def test_keys_are_sorted_at_every_level():
     def check(pairs):
         assert [name for name, _ in pairs] == sorted(name for name, _ in pairs)
 
-    json.loads(wire.encode(MANIFEST), object_pairs_hook=check)
+    json.loads(wire.encode(MANIFEST).replace(b"checksum", b"~"), object_pairs_hook=check)
 
 
 def test_special_values_survive():
@@ -218,6 +222,24 @@ def test_a_records_fault_is_placed_by_its_field():
 )
 def test_what_is_not_strict_json(data):
     assert problems(data) == [("doc", "not_json")]
+
+
+@pytest.mark.parametrize(
+    ("document", "decode"),
+    [(OPEN, wire.decode_record), (MANIFEST, wire.decode_manifest)],
+    ids=["record", "manifest"],
+)
+def test_every_bit_of_a_record_or_manifest_is_proved(document, decode):
+    whole = wire.encode(document)
+    for position in range(8 * len(whole)):
+        data = bytearray(whole)
+        data[position // 8] ^= 1 << position % 8
+        problems(bytes(data), decode)
+
+
+def test_a_record_without_a_checksum_is_none():
+    data = wire.encode(OPEN)
+    assert problems(data[: data.rindex(b",\n")] + b"}\n") == [("doc", "checksum")]
 
 
 def test_surrogate_pairs_are_text():
