@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from dcp_resume.format.leaves import register_enum
     from dcp_resume.manager.checkpoint_manager import CheckpointManager
     from dcp_resume.manager.pending import PendingSave
+    from dcp_resume.manager.preflight import preflight
     from dcp_resume.manager.rng import RngState
     from dcp_resume.manager.settings import SaveMode, Settings, WhenBusy
     from dcp_resume.manager.stateful import OptimizerState
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
     from dcp_resume.session.dcp_reader import Reader
     from dcp_resume.session.dcp_writer import Writer
     from dcp_resume.session.load import LoadOptions, LoadResult
+    from dcp_resume.session.preflight import PreflightReport
     from dcp_resume.session.save import SaveResult
     from dcp_resume.session.targets import Apply
     from dcp_resume.storage.opening import open_store
@@ -51,6 +53,7 @@ else:
         "Padding": "dcp_resume.planning.declared",
         "PendingSave": "dcp_resume.manager.pending",
         "Reader": "dcp_resume.session.dcp_reader",
+        "PreflightReport": "dcp_resume.session.preflight",
         "ReportItem": "dcp_resume.manifest.report",
         "RetryPolicy": "dcp_resume.storage.retry",
         "RngState": "dcp_resume.manager.rng",
@@ -68,6 +71,7 @@ else:
         "errors": "dcp_resume.errors",
         "events": "dcp_resume.events",
         "open_store": "dcp_resume.storage.opening",
+        "preflight": "dcp_resume.manager.preflight",
         "register_enum": "dcp_resume.format.leaves",
     }
 
@@ -94,6 +98,7 @@ __all__ = [
     "OptimizerState",
     "Padding",
     "PendingSave",
+    "PreflightReport",
     "Reader",
     "ReportItem",
     "RetryPolicy",
@@ -112,5 +117,6 @@ __all__ = [
     "errors",
     "events",
     "open_store",
+    "preflight",
     "register_enum",
 ]

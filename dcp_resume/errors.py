@@ -16,6 +16,7 @@
     │   ├── UnsupportedFormat                  written by a newer or different format
     │   ├── CorruptData                        a block's bytes do not have the recorded digest
     │   └── MissingAncestors                   files of ancestor checkpoints are not at hand
+    ├── PreflightFailed                        no save would work here yet
     ├── CheckpointNotFound (LookupError)       no committed checkpoint answers the request
     ├── StateError (ValueError)                the state handed in cannot be saved as it is
     │   ├── UnsupportedLeaf                    a leaf of a type or dtype that is never pickled
@@ -68,6 +69,7 @@ __all__ = [
     "OutcomeUnknown",
     "ParentRetired",
     "PartialLoad",
+    "PreflightFailed",
     "Problem",
     "RankErrors",
     "RankSilent",
@@ -222,6 +224,13 @@ class CorruptData(InvalidCheckpoint):
 
 class MissingAncestors(InvalidCheckpoint):
     """The checkpoint refers to files of ancestor checkpoints that are not at hand."""
+
+
+class PreflightFailed(DcpResumeError):
+    """No save would work here yet: the store, the rights, or what the ranks see."""
+
+    problems: tuple[Problem, ...]
+    """Every check that failed, with what to do."""
 
 
 class CheckpointNotFound(DcpResumeError, LookupError):

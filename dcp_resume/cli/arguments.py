@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
 from dcp_resume.cli.exit_codes import EXIT_CODES_HELP
-from dcp_resume.storage import ObjectStore, open_store
+from dcp_resume.storage import ObjectStore, RetryPolicy, open_store
 
 if TYPE_CHECKING:
     Verbs = argparse._SubParsersAction[argparse.ArgumentParser]
@@ -86,7 +86,13 @@ def read_pairs(pairs: Sequence[str]) -> dict[str, Any]:
     return options
 
 
-def open_url(url: str, options: Mapping[str, Any], *, is_strict: bool = True) -> ObjectStore:
+def open_url(
+    url: str,
+    options: Mapping[str, Any],
+    *,
+    is_strict: bool = True,
+    retry: RetryPolicy = RetryPolicy(),  # noqa: B008 - immutable
+) -> ObjectStore:
     """Open the store of a URL.
 
     Args:
@@ -94,9 +100,11 @@ def open_url(url: str, options: Mapping[str, Any], *, is_strict: bool = True) ->
         options: Storage options.
         is_strict: Whether options for a local path are an error; else they are meant for the
             other URL of the same command.
+        retry: For transient faults.
 
     Raises:
         ConfigurationError: The URL or an option cannot work.
     """
     is_local = "://" not in url or url.startswith("file://")
-    return open_store(url, storage_options=None if is_local and not is_strict else options)
+    own = None if is_local and not is_strict else options
+    return open_store(url, storage_options=own, retry=retry)

@@ -61,7 +61,13 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _parser() -> argparse.ArgumentParser:
     # Imported here, so that Ctrl-C during the tenths of a second this takes ends without a trace.
-    from dcp_resume.cli import inspect_checkpoint, list_run, reshard_checkpoint, verify_checkpoint
+    from dcp_resume.cli import (
+        doctor,
+        inspect_checkpoint,
+        list_run,
+        reshard_checkpoint,
+        verify_checkpoint,
+    )
 
     parser = argparse.ArgumentParser(
         prog="dcp-resume",
@@ -70,7 +76,7 @@ def _parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     verbs = parser.add_subparsers(title="verbs", metavar="VERB", required=True)
-    for module in (list_run, inspect_checkpoint, verify_checkpoint, reshard_checkpoint):
+    for module in (list_run, inspect_checkpoint, verify_checkpoint, reshard_checkpoint, doctor):
         module.add_parser(verbs)
     return parser
 

@@ -167,6 +167,16 @@ class PosixStore:
                 )
         self._remove(names)
 
+    def free_bytes(self) -> int:
+        """See ``Finite.free_bytes``; of the disk that the root is, or will be, on."""
+        self._check_open()
+        with self._errors("look up", ""):
+            directory = self._root
+            while not os.path.isdir(directory):
+                directory = os.path.dirname(directory)
+            status = os.statvfs(directory)
+        return status.f_bavail * status.f_frsize
+
     def close(self) -> None:
         """See ``ObjectStore.close``."""
         self._closed = True
