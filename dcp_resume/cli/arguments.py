@@ -77,7 +77,8 @@ def read_pairs(pairs: Sequence[str]) -> dict[str, Any]:
         key, mark, value = pair.partition("=")
         if not mark or not key:
             raise ConfigurationError(
-                f"expected KEY=VALUE as storage option, got {pair!r}", option="storage-option"
+                "expected KEY=VALUE as storage option, got one without a key or a '='",
+                option="storage-option",
             )
         try:
             options[key] = json.loads(value)

@@ -53,8 +53,8 @@ class Settings:
     """Seconds after which a save or load fails on every rank that still waits for another."""
     declarations: Declarations = field(default_factory=Declarations)
     load: LoadOptions = field(default_factory=LoadOptions)
-    storage_options: Mapping[str, Any] = field(default_factory=dict)
-    """Passed to the file system: endpoint, credentials, profile."""
+    storage_options: Mapping[str, Any] = field(default_factory=dict, repr=False)
+    """Passed to the file system: endpoint, credentials, profile; never shown."""
     retry: RetryPolicy = field(default_factory=RetryPolicy)
     monitor: str = "loss"
     """Metric of the trainer state that ``best`` compares."""

@@ -30,7 +30,7 @@ class Incarnation:
     store: ObjectStore
     log: RunLog
     pool: BufferPool = field(default_factory=BufferPool)
-    storage_options: Mapping[str, Any] = field(default_factory=dict)
+    storage_options: Mapping[str, Any] = field(default_factory=dict, repr=False)
     loaded_seq: int | None = None
     """Log number of the commit that this process loaded last: what its saves descend from."""
     run: Run | None = None
