@@ -7,6 +7,7 @@ problem that it finds. The chunk index has its own checks in ``format.chunk_inde
 from __future__ import annotations
 
 import re
+import reprlib
 from collections import Counter
 from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
 from typing import TypeVar
@@ -28,12 +29,16 @@ from dcp_resume.manifest.models import (
     MeshEntry,
     TensorEntry,
 )
-from dcp_resume.manifest.wire import MAX_CATALOG_BYTES
+from dcp_resume.manifest.wire import MAX_CATALOG_BYTES, MAX_INDEX_BYTES
 
 __all__ = ["catalog_problems", "checkpoint_problems", "manifest_problems", "name_problems"]
 
 MAX_FQN_BYTES = 4096
 MAX_TENSOR_BYTES = 2**63 - 1
+MAX_HEADER_BYTES = 8 + 100_000_000
+"""Bytes before the first chunk of a data file."""
+MAX_LEAVES_BYTES = 2**30
+"""Bytes of a tensor that holds packed leaves: a reader takes it into memory whole."""
 
 _DIGEST = re.compile(r"xxh3-128:[0-9a-f]{32}")
 _BLOCK_DIGEST = re.compile(r"[0-9a-f]{32}")
@@ -64,14 +69,20 @@ def manifest_problems(manifest: Manifest) -> Iterator[Problem]:
     yield from _block_size_problem(f"{where}:digest.block_size", manifest.digest.block_size)
     yield from _document_problems(f"{where}:catalog", manifest.catalog, CATALOG_NAME)
     yield from _document_problems(f"{where}:chunk_index", manifest.chunk_index, INDEX_NAME)
-    if manifest.catalog.size > MAX_CATALOG_BYTES:
-        message = f"expected at most {MAX_CATALOG_BYTES} bytes, found {manifest.catalog.size}"
-        yield Problem(f"{where}:catalog.size", "too_large", message)
+    for name, reference, limit in (
+        ("catalog", manifest.catalog, MAX_CATALOG_BYTES),
+        ("chunk_index", manifest.chunk_index, MAX_INDEX_BYTES),
+    ):
+        if reference.size > limit:
+            message = f"expected at most {limit} bytes, found {reference.size}"
+            yield Problem(f"{where}:{name}.size", "too_large", message)
     yield from _index_problems(f"{where}:chunk_index", manifest)
     for name, part in manifest.parts.items():
         yield from _digest_problem(f"{where}:parts.{name}.digest", part.digest)
     yield from _mesh_problems(manifest)
     yield from name_problems((leaf.fqn for leaf in manifest.leaves), f"{where}:leaves")
+    for number, leaf in enumerate(manifest.leaves):
+        yield from _path_problems(f"{where}:leaves[{number}]", leaf.path)
 
 
 def catalog_problems(
@@ -84,6 +95,7 @@ def catalog_problems(
     for number, tensor in enumerate(catalog.tensors):
         where = f"{CATALOG_NAME}:tensors[{number}]"
         yield from _part_problem(where, tensor.part, manifest)
+        yield from _path_problems(where, tensor.path)
         yield from _size_problems(where, tensor, itemsizes)
         yield from _placement_problems(where, tensor, meshes)
         yield from _shape_note_problems(where, tensor)
@@ -195,7 +207,7 @@ def _count_problems(manifest: Manifest, catalog: Catalog) -> Iterator[Problem]:
 
 def _part_problem(where: str, part: str, manifest: Manifest) -> Iterator[Problem]:
     if part not in manifest.parts:
-        message = f"part {part!r:.80} is not among the manifest's {sorted(manifest.parts)!s:.200}"
+        message = f"part {part!r:.80} is not among the manifest's {len(manifest.parts)}"
         yield Problem(f"{where}.part", "dangling", message)
 
 
@@ -208,6 +220,22 @@ def _size_problems(
     if _product(tensor.global_shape, itemsize or 1) > MAX_TENSOR_BYTES:
         message = f"{tensor.fqn!r:.80} would have more than {MAX_TENSOR_BYTES} bytes"
         yield Problem(f"{where}.global_shape", "too_large", message)
+    if tensor.codec == "leaves" and (
+        tensor.dtype != "uint8" or _product(tensor.global_shape) > MAX_LEAVES_BYTES
+    ):
+        message = f"expected at most {MAX_LEAVES_BYTES} of uint8, as packed leaves are"
+        yield Problem(f"{where}.codec", "leaves", message)
+
+
+def _path_problems(where: str, path: Sequence[object]) -> Iterator[Problem]:
+    is_path = path and all(
+        type(key) in (str, int)
+        or (isinstance(key, dict) and set(key) == {"key"} and type(key["key"]) is int)
+        for key in path
+    )
+    if not is_path:
+        message = f"expected names, positions and {{'key': n}}, found {reprlib.repr(path)}"
+        yield Problem(f"{where}.path", "path", message)
 
 
 def _product(sizes: Sequence[int], first: int = 1) -> int:
@@ -299,6 +327,9 @@ def _file_problems(where: str, file: FileEntry, own_base: str) -> Iterator[Probl
     if file.header_bytes > file.size:
         message = f"{file.header_bytes} bytes of header in a file of {file.size}"
         yield Problem(f"{where}.header_bytes", "range", message)
+    if file.header_bytes > MAX_HEADER_BYTES:
+        message = f"expected at most {MAX_HEADER_BYTES} bytes, found {file.header_bytes}"
+        yield Problem(f"{where}.header_bytes", "too_large", message)
     yield from _digest_problem(f"{where}.digest", file.digest)
 
 

@@ -32,6 +32,7 @@ from dcp_resume.manifest.values import Json
 
 __all__ = [
     "MAX_CATALOG_BYTES",
+    "MAX_INDEX_BYTES",
     "MAX_MANIFEST_BYTES",
     "MAX_RECORD_BYTES",
     "decode_catalog",
@@ -43,6 +44,8 @@ __all__ = [
 MAX_MANIFEST_BYTES = 256 * 2**10
 MAX_RECORD_BYTES = 64 * 2**10
 MAX_CATALOG_BYTES = 512 * 2**20
+MAX_INDEX_BYTES = 2**30
+"""A hundred million chunks; a sparse file of any size costs its writer nothing."""
 MAX_DEPTH = 128
 """JSON levels. Far below what overflows a parser's stack: some stop at 200."""
 

@@ -82,8 +82,8 @@ class Located:
     @classmethod
     def of(cls, entry: CommitEntry) -> Located:
         """The place that a commit record names."""
-        key = entry.record.manifest.key
-        return cls(entry.seq, key[: key.rindex("/") + 1], entry.record.manifest)
+        directory, slash, _ = entry.record.manifest.key.rpartition("/")
+        return cls(entry.seq, directory + slash, entry.record.manifest)
 
     def to_bytes(self) -> bytes:
         """Serialise for another rank."""

@@ -25,8 +25,8 @@ from dcp_resume.errors import (
 from dcp_resume.format.chunk_index import ChunkIndex, check_index
 from dcp_resume.format.digests import FileBlocks, check_digest, digest_bytes
 from dcp_resume.format.dtypes import ITEMSIZES
-from dcp_resume.manifest.checks import checkpoint_problems
-from dcp_resume.manifest.keys import MANIFEST_NAME
+from dcp_resume.manifest.checks import catalog_problems, manifest_problems
+from dcp_resume.manifest.keys import MANIFEST_NAME, MAX_KEY_BYTES, is_relative_key
 from dcp_resume.manifest.models import Catalog, DocumentRef, Manifest, TensorEntry
 from dcp_resume.manifest.wire import MAX_MANIFEST_BYTES, decode_catalog, decode_manifest
 from dcp_resume.storage import ObjectStore
@@ -123,16 +123,12 @@ def open_checkpoint(
         UnsupportedFormat: Written by a newer format.
         StorageError: The store failed.
     """
-    manifest_key = reference.key if reference else prefix + MANIFEST_NAME
-    data = _read(store, manifest_key, reference.size if reference else MAX_MANIFEST_BYTES)
-    if reference:
-        check_digest(data, reference.digest, manifest_key)
-    manifest = decode_manifest(data, manifest_key)
+    manifest = _read_manifest(store, prefix, reference)
     catalog_key = prefix + manifest.catalog.key
     catalog_bytes = _read(store, catalog_key, manifest.catalog.size)
     check_digest(catalog_bytes, manifest.catalog.digest, catalog_key)
     catalog = decode_catalog(catalog_bytes, catalog_key)
-    _refuse(prefix, checkpoint_problems(manifest, catalog, ITEMSIZES))
+    _refuse(prefix, list(catalog_problems(manifest, catalog, ITEMSIZES)))
     index_key = prefix + manifest.chunk_index.key
     index_bytes = _read(store, index_key, manifest.chunk_index.size)
     check_digest(index_bytes, manifest.chunk_index.digest, index_key)
@@ -142,6 +138,25 @@ def open_checkpoint(
     if is_listed:
         check_files(store, opened)
     return opened
+
+
+def _read_manifest(store: ObjectStore, prefix: str, reference: DocumentRef | None) -> Manifest:
+    """Read the manifest, and prove all that it says by itself before anything is read by it."""
+    key = reference.key if reference else prefix + MANIFEST_NAME
+    if reference and not is_relative_key(key):
+        message = "the commit record names a manifest outside of the run"
+        _refuse(key, [Problem(key[:MAX_KEY_BYTES], "path_escape", message)])
+    size = reference.size if reference else MAX_MANIFEST_BYTES
+    data = _read(store, key, min(size, MAX_MANIFEST_BYTES))
+    if reference:
+        check_digest(data, reference.digest, key)
+    manifest = decode_manifest(data, key)
+    problems = list(manifest_problems(manifest))
+    if prefix not in ("", f"step-{manifest.step:08d}/{manifest.attempt}/"):
+        message = f"it is of step {manifest.step}, attempt {manifest.attempt!r:.40}"
+        problems.append(Problem(key, "place", message))
+    _refuse(prefix, problems)
+    return manifest
 
 
 def _read(store: ObjectStore, key: str, size: int) -> bytes:
