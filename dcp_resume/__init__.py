@@ -20,6 +20,14 @@ if TYPE_CHECKING:
     from dcp_resume.manager.trainer_state import TrainerState
     from dcp_resume.manifest.models import Manifest
     from dcp_resume.manifest.report import ReportItem, Severity
+    from dcp_resume.manifest.signing import (
+        Anyone,
+        Ed25519Key,
+        Ed25519PublicKey,
+        HmacKey,
+        SignedBy,
+        Signing,
+    )
     from dcp_resume.planning.declarations import Declarations
     from dcp_resume.planning.declared import Flat, Member, Padding, Segment, Split
     from dcp_resume.planning.load_planner import LoadPlanner
@@ -38,10 +46,14 @@ else:
     import importlib
 
     _HOMES = {
+        "Anyone": "dcp_resume.manifest.signing",
         "Apply": "dcp_resume.session.targets",
         "CheckpointManager": "dcp_resume.manager.checkpoint_manager",
         "Declarations": "dcp_resume.planning.declarations",
+        "Ed25519Key": "dcp_resume.manifest.signing",
+        "Ed25519PublicKey": "dcp_resume.manifest.signing",
         "Flat": "dcp_resume.planning.declared",
+        "HmacKey": "dcp_resume.manifest.signing",
         "LoadOptions": "dcp_resume.session.load",
         "LoadPlanner": "dcp_resume.planning.load_planner",
         "LoadReport": "dcp_resume.session.compare",
@@ -52,8 +64,8 @@ else:
         "OptimizerState": "dcp_resume.manager.stateful",
         "Padding": "dcp_resume.planning.declared",
         "PendingSave": "dcp_resume.manager.pending",
-        "Reader": "dcp_resume.session.dcp_reader",
         "PreflightReport": "dcp_resume.session.preflight",
+        "Reader": "dcp_resume.session.dcp_reader",
         "ReportItem": "dcp_resume.manifest.report",
         "RetryPolicy": "dcp_resume.storage.retry",
         "RngState": "dcp_resume.manager.rng",
@@ -63,6 +75,8 @@ else:
         "Segment": "dcp_resume.planning.declared",
         "Settings": "dcp_resume.manager.settings",
         "Severity": "dcp_resume.manifest.report",
+        "SignedBy": "dcp_resume.manifest.signing",
+        "Signing": "dcp_resume.manifest.signing",
         "Split": "dcp_resume.planning.declared",
         "Strictness": "dcp_resume.session.compare",
         "TrainerState": "dcp_resume.manager.trainer_state",
@@ -84,10 +98,14 @@ else:
 
 
 __all__ = [
+    "Anyone",
     "Apply",
     "CheckpointManager",
     "Declarations",
+    "Ed25519Key",
+    "Ed25519PublicKey",
     "Flat",
+    "HmacKey",
     "LoadOptions",
     "LoadPlanner",
     "LoadReport",
@@ -109,6 +127,8 @@ __all__ = [
     "Segment",
     "Settings",
     "Severity",
+    "SignedBy",
+    "Signing",
     "Split",
     "Strictness",
     "TrainerState",

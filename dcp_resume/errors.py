@@ -14,6 +14,7 @@
     ├── InvalidCheckpoint (ValueError)         what lies on storage contradicts itself
     │   ├── InvalidDocument                    a log record, manifest, catalog or index is malformed
     │   ├── UnsupportedFormat                  written by a newer or different format
+    │   ├── Untrusted                          not signed by whom the policy trusts
     │   ├── CorruptData                        a block's bytes do not have the recorded digest
     │   └── MissingAncestors                   files of ancestor checkpoints are not at hand
     ├── PreflightFailed                        no save would work here yet
@@ -87,6 +88,7 @@ __all__ = [
     "UnsupportedFormat",
     "UnsupportedLeaf",
     "UnsupportedStore",
+    "Untrusted",
 ]
 
 
@@ -216,6 +218,10 @@ class InvalidDocument(InvalidCheckpoint):
 
 class UnsupportedFormat(InvalidCheckpoint):
     """The document was written by a newer format or needs a feature this reader lacks."""
+
+
+class Untrusted(InvalidCheckpoint):
+    """A document is not signed by a key that the policy trusts; nothing in it was believed."""
 
 
 class CorruptData(InvalidCheckpoint):

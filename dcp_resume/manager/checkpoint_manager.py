@@ -95,7 +95,7 @@ class CheckpointManager:
             storage_options=self.settings.storage_options,
             retry=self.settings.retry,
         )
-        self._log = RunLog(self._store)
+        self._log = RunLog(self._store, signing=self.settings.signing)
         self._ranks = Ranks()
         self._pool = BufferPool()
         self._background = ThreadPoolExecutor(1, "dcp-resume-save")

@@ -63,7 +63,7 @@ def preflight(
     )
     try:
         votes = Ranks().votes(step=0, deadline_s=settings.deadline_s)
-        return run_preflight(store, votes, _need(settings, state))
+        return run_preflight(store, votes, _need(settings, state), settings.signing)
     finally:
         store.close()
 

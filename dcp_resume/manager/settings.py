@@ -9,6 +9,7 @@ from typing import Any
 
 from dcp_resume.errors import ConfigurationError
 from dcp_resume.manager.stateful import OptimizerState
+from dcp_resume.manifest.signing import Signing
 from dcp_resume.planning.declarations import Declarations
 from dcp_resume.session.load import LoadOptions
 from dcp_resume.storage import RetryPolicy
@@ -56,6 +57,8 @@ class Settings:
     storage_options: Mapping[str, Any] = field(default_factory=dict, repr=False)
     """Passed to the file system: endpoint, credentials, profile; never shown."""
     retry: RetryPolicy = field(default_factory=RetryPolicy)
+    signing: Signing = field(default_factory=Signing)
+    """How what the run writes is signed, and whose checkpoints are loaded."""
     monitor: str = "loss"
     """Metric of the trainer state that ``best`` compares."""
     monitor_mode: str = "min"

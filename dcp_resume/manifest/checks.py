@@ -40,7 +40,6 @@ MAX_HEADER_BYTES = 8 + 100_000_000
 MAX_LEAVES_BYTES = 2**30
 """Bytes of a tensor that holds packed leaves: a reader takes it into memory whole."""
 
-_DIGEST = re.compile(r"xxh3-128:[0-9a-f]{32}")
 _BLOCK_DIGEST = re.compile(r"[0-9a-f]{32}")
 _PLACEMENT = re.compile(r"R|S\((\d{1,4})\)|SS\((\d{1,4}),[1-9]\d{0,9}\)")
 _RESERVED_FQN = "__metadata__"
@@ -67,8 +66,13 @@ def manifest_problems(manifest: Manifest) -> Iterator[Problem]:
         message = f"expected 1 to 32 of [a-z0-9], found {manifest.attempt!r:.80}"
         yield Problem(f"{where}:attempt", "attempt", message)
     yield from _block_size_problem(f"{where}:digest.block_size", manifest.digest.block_size)
-    yield from _document_problems(f"{where}:catalog", manifest.catalog, CATALOG_NAME)
-    yield from _document_problems(f"{where}:chunk_index", manifest.chunk_index, INDEX_NAME)
+    algorithm = manifest.digest.algorithm
+    for name, document, usual_key in (
+        ("catalog", manifest.catalog, CATALOG_NAME),
+        ("chunk_index", manifest.chunk_index, INDEX_NAME),
+    ):
+        yield from _document_problems(f"{where}:{name}", document, usual_key)
+        yield from _digest_problem(f"{where}:{name}.digest", document.digest, algorithm)
     for name, reference, limit in (
         ("catalog", manifest.catalog, MAX_CATALOG_BYTES),
         ("chunk_index", manifest.chunk_index, MAX_INDEX_BYTES),
@@ -78,7 +82,7 @@ def manifest_problems(manifest: Manifest) -> Iterator[Problem]:
             yield Problem(f"{where}:{name}.size", "too_large", message)
     yield from _index_problems(f"{where}:chunk_index", manifest)
     for name, part in manifest.parts.items():
-        yield from _digest_problem(f"{where}:parts.{name}.digest", part.digest)
+        yield from _digest_problem(f"{where}:parts.{name}.digest", part.digest, algorithm)
     yield from _mesh_problems(manifest)
     yield from name_problems((leaf.fqn for leaf in manifest.leaves), f"{where}:leaves")
     for number, leaf in enumerate(manifest.leaves):
@@ -105,6 +109,7 @@ def catalog_problems(
         where = f"{CATALOG_NAME}:files[{number}]"
         yield from _part_problem(where, file.part, manifest)
         yield from _file_problems(where, file, own_base)
+        yield from _digest_problem(f"{where}.digest", file.digest, manifest.digest.algorithm)
     yield from _same_file_problems(catalog.files)
 
 
@@ -137,9 +142,10 @@ def _block_size_problem(where: str, size: int) -> Iterator[Problem]:
         yield Problem(where, "block_size", f"expected a power of two, found {size}")
 
 
-def _digest_problem(where: str, digest: str) -> Iterator[Problem]:
-    if _DIGEST.fullmatch(digest) is None:
-        message = f"expected 'xxh3-128:' and 32 hex digits, found {digest!r:.80}"
+def _digest_problem(where: str, digest: str, algorithm: str) -> Iterator[Problem]:
+    name, _, digits = digest.partition(":")
+    if name != algorithm or _BLOCK_DIGEST.fullmatch(digits) is None:
+        message = f"expected '{algorithm}:' and 32 hex digits, found {digest!r:.80}"
         yield Problem(where, "digest_form", message)
 
 
@@ -148,7 +154,6 @@ def _document_problems(where: str, document: DocumentRef, name: str) -> Iterator
         yield _escape(f"{where}.key", document.key)
     elif document.key == MANIFEST_NAME:
         yield Problem(f"{where}.key", "duplicate", f"expected a key such as {name!r}, not our own")
-    yield from _digest_problem(f"{where}.digest", document.digest)
 
 
 def _index_problems(where: str, manifest: Manifest) -> Iterator[Problem]:
@@ -330,7 +335,6 @@ def _file_problems(where: str, file: FileEntry, own_base: str) -> Iterator[Probl
     if file.header_bytes > MAX_HEADER_BYTES:
         message = f"expected at most {MAX_HEADER_BYTES} bytes, found {file.header_bytes}"
         yield Problem(f"{where}.header_bytes", "too_large", message)
-    yield from _digest_problem(f"{where}.digest", file.digest)
 
 
 def _is_base(base: str) -> bool:

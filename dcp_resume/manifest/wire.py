@@ -12,7 +12,7 @@ import math
 import re
 import reprlib
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
 from pydantic import TypeAdapter, ValidationError
@@ -27,7 +27,7 @@ from dcp_resume.manifest.models import (
     Manifest,
 )
 from dcp_resume.manifest.records import LogRecord, log_record_adapter
-from dcp_resume.manifest.seals import find_seal, seal
+from dcp_resume.manifest.seals import Signature, find_seal, not_signed, seal
 from dcp_resume.manifest.values import Json
 
 __all__ = [
@@ -55,8 +55,15 @@ _catalog_adapter: TypeAdapter[Catalog] = TypeAdapter(Catalog)
 _MAYBE_SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")
 
 
-def encode(document: Manifest | Catalog | LogRecord) -> bytes:
+def encode(
+    document: Manifest | Catalog | LogRecord,
+    sign: Callable[[bytes], Signature | None] = not_signed,
+) -> bytes:
     """The bytes of a document: a manifest is indented for people, the others are one line.
+
+    Args:
+        document: What to write.
+        sign: Signs a manifest or a log record.
 
     Raises:
         InvalidDocument: The document is larger than readers accept, or holds a value that JSON
@@ -82,7 +89,7 @@ def encode(document: Manifest | Catalog | LogRecord) -> bytes:
         )
         data = text.encode("utf-8") + b"\n"
         if not isinstance(document, Catalog):
-            data = seal(data)
+            data = seal(data, sign)
     except (TypeError, ValueError, RecursionError) as error:
         raise _invalid(where, [Problem(where, "not_json", str(error))], "write") from error
     _check_size(data, where, cap, "write")

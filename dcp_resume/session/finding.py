@@ -8,6 +8,7 @@ from typing import Literal
 from dcp_resume.errors import CheckpointNotFound, InvalidDocument, KeyNotFound, ShortRead
 from dcp_resume.manifest.history import CommitEntry, RunHistory
 from dcp_resume.manifest.keys import MANIFEST_NAME
+from dcp_resume.manifest.signing import ANYONE, Signing, Trust
 from dcp_resume.manifest.wire import MAX_MANIFEST_BYTES, decode_manifest
 from dcp_resume.session.load import Located
 from dcp_resume.session.run_log import RunLog
@@ -18,19 +19,24 @@ __all__ = ["Request", "find_checkpoints"]
 Request = int | Literal["latest", "best", "all"]
 
 
-def find_checkpoints(store: ObjectStore, request: Request) -> list[Located]:
+def find_checkpoints(
+    store: ObjectStore,
+    request: Request,
+    trust: Trust = ANYONE,
+) -> list[Located]:
     """The checkpoints that answer a request: one, or with ``all`` every one that was not retired.
 
     A step that is quarantined answers only where no other checkpoint of that step does.
 
     Raises:
         CheckpointNotFound: None answers, or there is neither a log nor a manifest.
-        InvalidCheckpoint: The log, or a directory's manifest, is malformed.
+        InvalidCheckpoint: The log, or a directory's manifest, is malformed, or not signed by whom
+            the policy trusts.
         StorageError: The store failed.
     """
-    history = RunLog(store).refresh()
+    history = RunLog(store, signing=Signing(trust=trust)).refresh()
     if not history.last_seq:
-        return [_alone(store, request)]
+        return [_alone(store, request, trust)]
     finders: dict[Request, Callable[[RunHistory], CommitEntry | None]] = {
         "latest": RunHistory.newest,
         "best": RunHistory.best,
@@ -58,7 +64,7 @@ def _quarantined(history: RunHistory, step: int) -> list[CommitEntry]:
     return [CommitEntry(seq, record) for seq, record in live if record.step == step][:1]
 
 
-def _alone(store: ObjectStore, request: Request) -> Located:
+def _alone(store: ObjectStore, request: Request, trust: Trust) -> Located:
     """The one checkpoint of a directory that has a manifest and no log."""
     try:
         data = store.read(MANIFEST_NAME, max_bytes=MAX_MANIFEST_BYTES)
@@ -71,6 +77,7 @@ def _alone(store: ObjectStore, request: Request) -> Located:
         ) from error
     except ShortRead as error:
         raise InvalidDocument(f"{MANIFEST_NAME} is too large: {error}", problems=()) from error
+    trust.check(data, MANIFEST_NAME, MANIFEST_NAME)
     if isinstance(request, int):
         step = decode_manifest(data, MANIFEST_NAME).step
         if step != request:

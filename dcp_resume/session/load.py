@@ -33,6 +33,7 @@ from dcp_resume.format.leaves import decode_leaf
 from dcp_resume.manifest.history import CommitEntry
 from dcp_resume.manifest.models import DocumentRef
 from dcp_resume.manifest.report import ReportItem, Severity, overridden
+from dcp_resume.manifest.signing import ANYONE, Trust
 from dcp_resume.planning.state import LocalState
 from dcp_resume.session.compare import LoadReport, Strictness, compare_state
 from dcp_resume.session.opening import OpenedCheckpoint, check_files, open_checkpoint
@@ -133,9 +134,15 @@ class LoadSession:
     """One load of one located checkpoint on one rank."""
 
     def __init__(
-        self, store: ObjectStore, votes: Votes, located: Located, options: LoadOptions
+        self,
+        store: ObjectStore,
+        votes: Votes,
+        located: Located,
+        options: LoadOptions,
+        trust: Trust = ANYONE,
     ) -> None:
         self._store = store
+        self._trust = trust
         self._votes = votes
         self._located = located
         self.options = options
@@ -176,7 +183,11 @@ class LoadSession:
         def work() -> bytes:
             try:
                 opened = open_checkpoint(
-                    self._store, located.prefix, located.manifest, is_listed=False
+                    self._store,
+                    located.prefix,
+                    located.manifest,
+                    trust=self._trust,
+                    is_listed=False,
                 )
                 if votes.rank == 0:
                     check_files(self._store, opened)

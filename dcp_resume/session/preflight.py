@@ -31,6 +31,7 @@ from dcp_resume.errors import (
     summarise,
 )
 from dcp_resume.manifest.keys import LOG_PREFIX, new_attempt_id
+from dcp_resume.manifest.signing import UNSIGNED, Signing
 from dcp_resume.session.run_log import RunLog
 from dcp_resume.session.votes import Votes
 from dcp_resume.storage import (
@@ -126,19 +127,25 @@ class PreflightReport:
         return cls(document["url"], tuple(Check(**row) for row in rows))
 
 
-def run_preflight(store: ObjectStore, votes: Votes, need: Need) -> PreflightReport:
+def run_preflight(
+    store: ObjectStore,
+    votes: Votes,
+    need: Need,
+    signing: Signing = UNSIGNED,
+) -> PreflightReport:
     """Ask every question; what goes wrong on storage is in the report, not raised.
 
     Args:
         store: Root of the run.
         votes: Two rounds are held.
         need: Of this rank's tensors, whole; those of ranks with other names are added up.
+        signing: Of the run.
 
     Raises:
         RankErrors: A rank failed otherwise than by its storage.
         RankSilent: A rank did not answer by the deadline.
     """
-    probe = _Probe(store)
+    probe = _Probe(store, signing)
     try:
         token = votes.round(
             "probe",
@@ -179,8 +186,9 @@ def _versions() -> dict[str, str]:
 class _Probe:
     """The coordinator's part."""
 
-    def __init__(self, store: ObjectStore) -> None:
+    def __init__(self, store: ObjectStore, signing: Signing) -> None:
         self._store = store
+        self._signing = signing
         self._prefix = f"probe/{new_attempt_id()}/"
         self._token = f"{self._prefix}token"
         self._began_s = self._ended_s = 0.0
@@ -232,7 +240,7 @@ class _Probe:
         return "the root is empty" if first is None else "the root has a log"
 
     def _read_log(self) -> str:
-        history = RunLog(self._store).refresh()
+        history = RunLog(self._store, signing=self._signing).refresh()
         newest = history.newest()
         if newest is None:
             return "a new run"

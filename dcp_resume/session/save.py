@@ -195,7 +195,9 @@ class SaveSession:
         assert self._staged is not None
         started, num_bytes = time.monotonic(), self.num_bytes
         order = self._order
-        report = write_rank(self._staged, self._run.store, order.prefix, order.block_size)
+        report = write_rank(
+            self._staged, self._run.store, order.prefix, order.block_size, order.algorithm
+        )
         self._finish_phase("write", started, num_bytes)
         return report.to_bytes()
 

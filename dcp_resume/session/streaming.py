@@ -13,7 +13,7 @@ import numpy as np
 
 from dcp_resume.errors import CorruptData, summarise
 from dcp_resume.format.data_file import ChunkHeader, header_bytes
-from dcp_resume.format.digests import block_bounds
+from dcp_resume.format.digests import DigestAlgorithm, block_bounds
 from dcp_resume.format.dtypes import ITEMSIZES
 from dcp_resume.format.streamed_digests import StreamedDigests
 from dcp_resume.manifest.boxes import Box
@@ -73,6 +73,7 @@ class FileStreamer:
         target: ObjectStore,
         key: str,
         block_size: int,
+        algorithm: DigestAlgorithm = DigestAlgorithm.XXH3,
     ) -> RankReport:
         """Write one file.
 
@@ -83,6 +84,7 @@ class FileStreamer:
             target: Store to write to.
             key: Key of the file.
             block_size: Bytes of a digest block.
+            algorithm: Of the new checkpoint's digests.
 
         Raises:
             CorruptData: A block of the source failed; the file was not written.
@@ -92,7 +94,7 @@ class FileStreamer:
         header = header_bytes([chunk.line for chunk in chunks])
         lengths = [chunk.line.num_bytes for chunk in chunks]
         bounds = block_bounds(len(header), np.asarray(lengths, np.int64), block_size)
-        digests = StreamedDigests(bounds)
+        digests = StreamedDigests(bounds, algorithm)
         buffers = self._buffers(header, chunks, digests)
         self._failure = None
         try:

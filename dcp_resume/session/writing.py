@@ -12,7 +12,7 @@ import torch
 
 from dcp_resume.format.columns import pack_columns, unpack_columns
 from dcp_resume.format.data_file import ChunkHeader, header_bytes
-from dcp_resume.format.digests import block_bounds, digest_blocks
+from dcp_resume.format.digests import DigestAlgorithm, block_bounds, digest_blocks
 from dcp_resume.planning.held import HeldTensor
 from dcp_resume.planning.plans import RankPlan, unpad_box
 from dcp_resume.session.staging import BufferPool, StagedFile, borrow_chunks, stage_chunks
@@ -154,7 +154,13 @@ class RankReport:
         )
 
 
-def write_rank(staged: StagedRank, store: ObjectStore, prefix: str, block_size: int) -> RankReport:
+def write_rank(
+    staged: StagedRank,
+    store: ObjectStore,
+    prefix: str,
+    block_size: int,
+    algorithm: DigestAlgorithm = DigestAlgorithm.XXH3,
+) -> RankReport:
     """Write a rank's data files, and give their buffers back.
 
     Raises:
@@ -167,7 +173,7 @@ def write_rank(staged: StagedRank, store: ObjectStore, prefix: str, block_size: 
     for name, header, file in zip(staged.names, staged.headers, staged.files, strict=True):
         bounds = block_bounds(len(header), np.asarray(file.lengths, np.int64), block_size)
         buffers = [memoryview(header), *file.buffers]
-        digest = digest_blocks(bounds, buffers)
+        digest = digest_blocks(bounds, buffers, algorithm)
         sizes.append(store.write(prefix + name, buffers))
         blocks.append(len(digest) // 16)
         digests.append(digest)
