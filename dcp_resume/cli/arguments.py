@@ -21,7 +21,7 @@ Request = int | Literal["latest", "best", "all"]
 def add_verb(
     verbs: Verbs, name: str, *, summary: str, description: str, examples: str
 ) -> argparse.ArgumentParser:
-    """Add a verb with what every verb takes: output, storage options, debugging."""
+    """Add a verb with what every verb takes: output, storage options, keys, debugging."""
     verb = verbs.add_parser(
         name,
         help=summary,
@@ -37,6 +37,12 @@ def add_verb(
         metavar="KEY=VALUE",
         help="option of the file system, such as endpoint_url=http://host:9000; the value may be "
         "JSON; may be repeated; local paths take none",
+    )
+    verb.add_argument(
+        "--keys",
+        metavar="FILE",
+        help="believe only what these keys signed, and sign with the first; lines of KIND KEY-ID "
+        "HEX, where KIND is hmac-sha256, ed25519 or ed25519-public",
     )
     verb.add_argument("--debug", action="store_true", help="show a traceback on errors")
     return verb

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from dcp_resume.cli.arguments import add_verb, open_url, read_pairs
 from dcp_resume.cli.exit_codes import ExitCode
+from dcp_resume.cli.keys import read_signing
 from dcp_resume.cli.printing import print_json, print_table
 from dcp_resume.storage import RetryPolicy
 
@@ -70,7 +71,7 @@ def _run(arguments: argparse.Namespace) -> int:
 
     store = open_url(arguments.url, read_pairs(arguments.storage_option), retry=_IMPATIENT)
     need = Need(checkpoint_bytes=arguments.size, num_kept=arguments.keep)
-    report = run_preflight(store, LonelyVotes(), need)
+    report = run_preflight(store, LonelyVotes(), need, read_signing(arguments))
     if arguments.json:
         print_json({"url": report.url, "is_ready": report.is_ready, "checks": _documents(report)})
     else:

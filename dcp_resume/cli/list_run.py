@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 from dcp_resume.cli.arguments import add_verb, open_url, read_pairs
+from dcp_resume.cli.keys import read_signing
 from dcp_resume.cli.printing import print_json, print_table, size_text
 from dcp_resume.errors import CheckpointNotFound
 from dcp_resume.manifest.history import RunHistory
@@ -51,7 +52,7 @@ def add_parser(verbs: Verbs) -> None:
 
 def _run(arguments: argparse.Namespace) -> int:
     store = open_url(arguments.url, read_pairs(arguments.storage_option))
-    history = RunLog(store).refresh()
+    history = RunLog(store, signing=read_signing(arguments)).refresh()
     if not history.last_seq:
         raise CheckpointNotFound(
             f"{store.url} is no run: it has no log. A single checkpoint's directory is shown by "

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from dcp_resume.cli.arguments import add_step, add_verb, open_url, read_pairs
 from dcp_resume.cli.exit_codes import ExitCode
+from dcp_resume.cli.keys import read_signing
 from dcp_resume.cli.printing import ProgressLine, print_json, size_text
 
 if TYPE_CHECKING:
@@ -48,10 +49,11 @@ def _run(arguments: argparse.Namespace) -> int:
 
     store = open_url(arguments.url, read_pairs(arguments.storage_option))
     results: list[Verification] = []
-    for located in find_checkpoints(store, arguments.step):
+    trust = read_signing(arguments).trust
+    for located in find_checkpoints(store, arguments.step, trust):
         progress = ProgressLine(f"verifying {located.prefix or store.url}")
         try:
-            results.append(verify_checkpoint(store, located, progress=progress))
+            results.append(verify_checkpoint(store, located, trust=trust, progress=progress))
         finally:
             progress.close()
         if not arguments.json:
