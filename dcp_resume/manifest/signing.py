@@ -1,7 +1,7 @@
 """Who signs what a run writes, and whose documents are believed.
 
 A signature is over the purpose of the document (the key of a log record, ``manifest.json``) and
-every byte of it. What it vouches for, and what it does not, is in ``docs/explanation/threat-model.md``.
+every byte of it. ``docs/explanation/threat-model.md`` says what it proves, and what it does not.
 """
 
 from __future__ import annotations

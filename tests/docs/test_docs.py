@@ -210,7 +210,9 @@ def default_of(field: dataclasses.Field[Any]) -> str:
     return str(field.default) if isinstance(field.default, Enum) else repr(field.default)
 
 
-@pytest.mark.parametrize("name", ["Settings", "LoadOptions", "Declarations", "Signing", "RetryPolicy"])
+@pytest.mark.parametrize(
+    "name", ["Settings", "LoadOptions", "Declarations", "Signing", "RetryPolicy"]
+)
 def test_options_section(name):
     fields = [f for f in dataclasses.fields(getattr(dcp_resume, name)) if f.compare]
     rows = rows_of(section_of(OPTIONS, name))
