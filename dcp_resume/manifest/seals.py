@@ -17,7 +17,9 @@ import re
 from collections.abc import Callable
 from dataclasses import dataclass
 
-__all__ = ["Seal", "Signature", "find_seal", "not_signed", "seal"]
+__all__ = ["SEAL_FIELDS", "Seal", "Signature", "find_seal", "not_signed", "seal"]
+
+SEAL_FIELDS = frozenset({"checksum", "signature"})
 
 _CHECKSUM = re.compile(rb',\n"checksum":"sha256:([0-9a-f]{64})"\}\n\Z')
 _CHECKSUM_BYTES = len(b',\n"checksum":"sha256:"}\n') + 64

@@ -27,7 +27,13 @@ from dcp_resume.manifest.models import (
     Manifest,
 )
 from dcp_resume.manifest.records import LogRecord, log_record_adapter
-from dcp_resume.manifest.seals import Signature, find_seal, not_signed, seal
+from dcp_resume.manifest.seals import (
+    SEAL_FIELDS,
+    Signature,
+    find_seal,
+    not_signed,
+    seal,
+)
 from dcp_resume.manifest.values import Json
 
 __all__ = [
@@ -77,8 +83,10 @@ def encode(
     is_for_people = isinstance(document, Manifest)
     try:
         fields = document.model_dump(mode="python")
-        # A reader refuses what is deeper, so it must not be written.
+        # A reader refuses what is deeper, or names a field twice, so it must not be written.
         _check_depth(fields)
+        if fields.keys() & SEAL_FIELDS:
+            raise ValueError(f"{sorted(SEAL_FIELDS)} are written by the seal alone")
         text = json.dumps(
             fields,
             allow_nan=False,

@@ -242,6 +242,12 @@ def test_a_record_without_a_checksum_is_none():
     assert problems(data[: data.rindex(b",\n")] + b"}\n") == [("doc", "checksum")]
 
 
+@pytest.mark.parametrize("name", ["checksum", "signature"])
+def test_fields_of_the_seal_are_not_written_twice(name):
+    with pytest.raises(InvalidDocument, match="by the seal alone"):
+        wire.encode(PinRecord(run="r", created="c", target=1, **{name: "x"}))
+
+
 def test_surrogate_pairs_are_text():
     data = changed(incarnation="\N{ROCKET}")
     assert b"\\ud83d" in data
