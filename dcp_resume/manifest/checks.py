@@ -83,6 +83,10 @@ def manifest_problems(manifest: Manifest) -> Iterator[Problem]:
     yield from _index_problems(f"{where}:chunk_index", manifest)
     for name, part in manifest.parts.items():
         yield from _digest_problem(f"{where}:parts.{name}.digest", part.digest, algorithm)
+    for name, facts in manifest.optimizer.items():
+        if not isinstance(facts, Mapping):
+            message = f"expected type and options, found {reprlib.repr(facts)}"
+            yield Problem(f"{where}:optimizer.{name}", "facts", message)
     yield from _mesh_problems(manifest)
     yield from name_problems((leaf.fqn for leaf in manifest.leaves), f"{where}:leaves")
     for number, leaf in enumerate(manifest.leaves):

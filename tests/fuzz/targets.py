@@ -13,7 +13,14 @@ from typing import NamedTuple
 
 import torch
 
-from dcp_resume import CheckpointManager, Declarations, SaveMode, Settings
+from dcp_resume import (
+    CheckpointManager,
+    Declarations,
+    RngState,
+    SaveMode,
+    Settings,
+    TrainerState,
+)
 from dcp_resume.errors import DcpResumeError
 from dcp_resume.format.chunk_index import ChunkIndex, check_index
 from dcp_resume.format.data_file import parse_header
@@ -26,7 +33,16 @@ from dcp_resume.manifest.seals import find_seal, seal
 from dcp_resume.manifest.wire import decode_catalog, decode_manifest, decode_record, encode
 from tests.support.damage import NEWER, OLDER
 
-__all__ = ["TARGETS", "Documents", "Target", "documents", "make_run", "state_at", "unsealed"]
+__all__ = [
+    "TARGETS",
+    "Documents",
+    "Target",
+    "documents",
+    "make_run",
+    "objects_at",
+    "state_at",
+    "unsealed",
+]
 
 
 class Documents(NamedTuple):
@@ -48,8 +64,20 @@ class Target(NamedTuple):
     """Well-formed inputs to begin from."""
 
 
+def objects_at(step: int) -> dict[str, object]:
+    """The state of a trainer: objects, whose own code meets what a document says too."""
+    model = torch.nn.Linear(3, 2)
+    optimizer = torch.optim.Adam(model.parameters())
+    model(torch.ones(1, 3)).sum().backward()
+    optimizer.step()
+    trainer = TrainerState()
+    trainer.advance(step=step, samples=1, loss=1.0, last_lr=[0.1])
+    objects = {"net": model, "optim": optimizer, "trainer": trainer, "random": RngState()}
+    return {**state_at(step), **objects}
+
+
 def state_at(step: int) -> dict[str, object]:
-    """A state with most of what a catalog can say."""
+    """Tensors and values with most of what a catalog can say."""
     return {
         "model": {
             "w": torch.arange(60.0).reshape(6, 10) + step,
@@ -68,7 +96,7 @@ def make_run(root: Path) -> None:
     settings = Settings(mode=SaveMode.BLOCKING, declarations=declarations)
     with CheckpointManager(root, settings) as checkpoints:
         for step in (OLDER, NEWER):
-            checkpoints.save(step, state_at(step))
+            checkpoints.save(step, objects_at(step))
 
 
 def unsealed(path: Path) -> bytes:

@@ -26,7 +26,7 @@ from dcp_resume.session.verify import verify_checkpoint
 from tests.support.damage import DamagedRun, little_memory
 
 from .mutations import mutated_json, settings_of
-from .targets import documents, make_run, state_at
+from .targets import documents, make_run, objects_at, state_at
 
 SETTINGS = settings_of(50)
 LENIENT = LoadOptions(strictness=Strictness.IGNORE)
@@ -64,13 +64,13 @@ def replaced(document: Any) -> Any:
 def try_every_door(root: Path) -> None:
     with little_memory():
         with contextlib.suppress(DcpResumeError), CheckpointManager(root) as checkpoints:
-            checkpoints.load(state_at(0), options=LENIENT)
+            checkpoints.load(objects_at(0), options=LENIENT)
         with contextlib.suppress(DcpResumeError):
             store = open_store(str(root))
             for located in find_checkpoints(store, "all"):
                 verify_checkpoint(store, located)
         with contextlib.suppress(DcpResumeError), CheckpointManager(root) as checkpoints:
-            checkpoints.resume(state_at(0))
+            checkpoints.resume(objects_at(0))
         with contextlib.suppress(dcp.CheckpointException):
             dcp.load(state_at(0), storage_reader=Reader(str(root)), no_dist=True)
         forget_incarnations()

@@ -70,7 +70,7 @@ MANIFEST = Manifest(
         stages=((0, 1), (2,)),
     ),
     trainer=TrainerFacts(step=40, last_lr=(0.1,), metrics={"loss": math.nan}),
-    optimizer={"betas": (0.9, 0.999), "big": 2**60},
+    optimizer={"optim": {"betas": (0.9, 0.999), "big": 2**60}},
     software=Software(dcp_resume="0", torch="2", python="3"),
     leaves=(LeafEntry(fqn="epoch", path=("epoch",), value={"$tuple": [1]}),),
     parts={"model": PartSummary(num_tensors=1, num_leaves=0, num_bytes=64, digest=DIGEST)},
@@ -132,7 +132,7 @@ def test_special_values_survive():
     found = wire.decode_manifest(wire.encode(MANIFEST), "doc")
     assert found.trainer.best_loss == math.inf
     assert math.isnan(found.trainer.metrics["loss"])
-    assert found.optimizer == {"betas": (0.9, 0.999), "big": 2**60}
+    assert found.optimizer == {"optim": {"betas": (0.9, 0.999), "big": 2**60}}
     assert found.topology.stages == ((0, 1), (2,))
 
 
