@@ -56,7 +56,10 @@ def _as_float(value: Any) -> float:
     number = decode_value(value, where="float")
     if isinstance(number, bool) or not isinstance(number, (int, float)):
         raise ValueError(f"expected a number, found {number!r}")
-    return float(number)
+    try:
+        return float(number)
+    except OverflowError as error:  # pydantic would let it through
+        raise ValueError("expected a number in the range of a float") from error
 
 
 TaggedFloat = Annotated[float, PlainValidator(_as_float), PlainSerializer(_encode_tagged)]

@@ -170,6 +170,13 @@ def test_the_format_gate_names_everything_and_comes_before_the_fields():
         wire.decode_record(json.dumps({"format": mark, "kind": 5}).encode(), "doc")
 
 
+@pytest.mark.parametrize("number", [10**400, {"$int": "9" * 400}, True, "inf", {"$float": "x"}])
+def test_what_is_no_float_is_refused(number):
+    trainer = {"step": 1, "last_lr": [number]}
+    found = problems(changed(MANIFEST, trainer=trainer), wire.decode_manifest)
+    assert found == [("doc:trainer.last_lr[0]", "value_error")]
+
+
 def test_a_newer_minor_version_is_read():
     mark = {"name": "dcp_resume", "major": 1, "minor": 7, "requires": [], "hint": 1}
     assert wire.decode_record(changed(format=mark), "doc").format.minor == 7
