@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from dcp_resume.format.dtypes import ITEMSIZES
+from dcp_resume.manager.policies import KeepLast
 from dcp_resume.manager.settings import Settings
 from dcp_resume.manager.stateful import (
     bind_state,
@@ -73,9 +74,10 @@ def _need(settings: Settings, state: Mapping[str, Any]) -> Need:
     sizes = dict(_leaf_sizes(settings, without_optimizers(chosen)))
     for key, optimizers in optimizers_of(chosen).items():
         sizes[key] = sum(map(_optimizer_bytes, optimizers))
+    policy = settings.retention_policy
     return Need(
         checkpoint_bytes=sum(sizes.values()),
-        num_kept=settings.max_checkpoint_keep,
+        num_kept=policy.count if isinstance(policy, KeepLast) else 0,
         names_digest=sha256("\0".join(sorted(sizes)).encode()).hexdigest(),
     )
 

@@ -44,10 +44,10 @@ def test_the_example_resumes_exactly_on_two_ranks(tmp_path):
     assert final["uncompared"] == []
 
 
-def test_a_script_that_forgets_its_generators_is_told_so():
+def test_a_script_that_forgets_its_generators_is_told_so(tmp_path):
     command = [sys.executable, str(FORGETFUL), "{run}", "{stop}", "{last}", "rng"]
 
-    code, proof = prove("--stop-at", "2", "--last", "3", "--", *command)
+    code, proof = prove("--stop-at", "2", "--last", "3", "--scratch", str(tmp_path), "--", *command)
 
     assert (code, proof["verdict"]) == (5, "not exact")
     before, after = proof["differences"]
