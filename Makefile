@@ -8,7 +8,8 @@ PYTEST = $(PY) -m pytest -q
 export OMP_NUM_THREADS ?= 1
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo demo-s3 test test-ranks test-s3 test-ceph test-all campaign campaign-preemption lint check ci docs-lint docker-lint
+.PHONY: help setup demo demo-s3 test test-ranks test-s3 test-ceph test-all lint check ci
+.PHONY: campaign campaign-bit-flips campaign-preemption fuzz docs-lint docker-lint
 
 help:  ## list the verbs
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / {printf "  make %-20s %s\n", $$1, $$2}' Makefile
@@ -48,6 +49,13 @@ campaign:  ## kill a job 1,000 times on disk and 200 on S3; tens of minutes
 campaign-preemption:  ## 20 torchrun jobs and 6 of Slurm's, preempted at random instants; 10 minutes
 	$(PY) -m tests.campaigns.preemption
 	$(PY) -m tests.campaigns.preemption_slurm
+campaign-bit-flips:  ## flip 10,000 random bits of a run, one at a time: each must be found
+	$(PY) -m tests.campaigns.bit_flips
+
+fuzz:  ## fuzz what readers parse, guided by coverage; SECONDS=60 for each target
+	$(PY) -m pip install -q -c constraints.txt --group fuzz
+	FUZZ_FACTOR=20 $(PYTEST) --timeout 3000 tests/fuzz
+	$(PY) -m tests.fuzz.guided --seconds $(or $(SECONDS),60)
 
 lint:  ## format, lint, types, layers
 	$(PY) -m ruff format --check .

@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     )
     from dcp_resume.manager.preemption import Preemption
     from dcp_resume.manager.preemption_settings import PreemptionSettings
+    from dcp_resume.manager.preflight import preflight
     from dcp_resume.manager.rng import RngState
     from dcp_resume.manager.settings import SaveMode, Settings, WhenBusy
     from dcp_resume.manager.state_digests import digest_tensors
@@ -35,6 +36,14 @@ if TYPE_CHECKING:
     from dcp_resume.manager.trainer_state import TrainerState
     from dcp_resume.manifest.models import Manifest
     from dcp_resume.manifest.report import ReportItem, Severity
+    from dcp_resume.manifest.signing import (
+        Anyone,
+        Ed25519Key,
+        Ed25519PublicKey,
+        HmacKey,
+        SignedBy,
+        Signing,
+    )
     from dcp_resume.planning.declarations import Declarations
     from dcp_resume.planning.declared import Flat, Member, Padding, Segment, Split
     from dcp_resume.planning.load_planner import LoadPlanner
@@ -44,6 +53,7 @@ if TYPE_CHECKING:
     from dcp_resume.session.dcp_reader import Reader
     from dcp_resume.session.dcp_writer import Writer
     from dcp_resume.session.load import LoadOptions, LoadResult
+    from dcp_resume.session.preflight import PreflightReport
     from dcp_resume.session.save import SaveResult
     from dcp_resume.session.targets import Apply
     from dcp_resume.session.tensor_digests import Prove, TensorDigests
@@ -53,11 +63,15 @@ else:
     import importlib
 
     _HOMES = {
+        "Anyone": "dcp_resume.manifest.signing",
         "Apply": "dcp_resume.session.targets",
         "Candidate": "dcp_resume.manager.policies",
         "CheckpointManager": "dcp_resume.manager.checkpoint_manager",
         "Declarations": "dcp_resume.planning.declarations",
+        "Ed25519Key": "dcp_resume.manifest.signing",
+        "Ed25519PublicKey": "dcp_resume.manifest.signing",
         "Flat": "dcp_resume.planning.declared",
+        "HmacKey": "dcp_resume.manifest.signing",
         "KeepAll": "dcp_resume.manager.policies",
         "KeepBest": "dcp_resume.manager.policies",
         "KeepEvery": "dcp_resume.manager.policies",
@@ -76,9 +90,10 @@ else:
         "OptimizerState": "dcp_resume.manager.stateful",
         "Padding": "dcp_resume.planning.declared",
         "PendingSave": "dcp_resume.manager.pending",
-        "Prove": "dcp_resume.session.tensor_digests",
         "Preemption": "dcp_resume.manager.preemption",
         "PreemptionSettings": "dcp_resume.manager.preemption_settings",
+        "PreflightReport": "dcp_resume.session.preflight",
+        "Prove": "dcp_resume.session.tensor_digests",
         "Reader": "dcp_resume.session.dcp_reader",
         "ReportItem": "dcp_resume.manifest.report",
         "RetentionPolicy": "dcp_resume.manager.policies",
@@ -90,6 +105,8 @@ else:
         "Segment": "dcp_resume.planning.declared",
         "Settings": "dcp_resume.manager.settings",
         "Severity": "dcp_resume.manifest.report",
+        "SignedBy": "dcp_resume.manifest.signing",
+        "Signing": "dcp_resume.manifest.signing",
         "Split": "dcp_resume.planning.declared",
         "Strictness": "dcp_resume.session.compare",
         "TensorDigests": "dcp_resume.session.tensor_digests",
@@ -101,6 +118,7 @@ else:
         "errors": "dcp_resume.errors",
         "events": "dcp_resume.events",
         "open_store": "dcp_resume.storage.opening",
+        "preflight": "dcp_resume.manager.preflight",
         "register_enum": "dcp_resume.format.leaves",
     }
 
@@ -113,11 +131,15 @@ else:
 
 
 __all__ = [
+    "Anyone",
     "Apply",
     "Candidate",
     "CheckpointManager",
     "Declarations",
+    "Ed25519Key",
+    "Ed25519PublicKey",
     "Flat",
+    "HmacKey",
     "KeepAll",
     "KeepBest",
     "KeepEvery",
@@ -138,6 +160,7 @@ __all__ = [
     "PendingSave",
     "Preemption",
     "PreemptionSettings",
+    "PreflightReport",
     "Prove",
     "Reader",
     "ReportItem",
@@ -150,6 +173,8 @@ __all__ = [
     "Segment",
     "Settings",
     "Severity",
+    "SignedBy",
+    "Signing",
     "Split",
     "Strictness",
     "TensorDigests",
@@ -161,5 +186,6 @@ __all__ = [
     "errors",
     "events",
     "open_store",
+    "preflight",
     "register_enum",
 ]

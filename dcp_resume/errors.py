@@ -14,8 +14,10 @@
     ├── InvalidCheckpoint (ValueError)         what lies on storage contradicts itself
     │   ├── InvalidDocument                    a log record, manifest, catalog or index is malformed
     │   ├── UnsupportedFormat                  written by a newer or different format
+    │   ├── Untrusted                          not signed by whom the policy trusts
     │   ├── CorruptData                        a block's bytes do not have the recorded digest
     │   └── MissingAncestors                   files of ancestor checkpoints are not at hand
+    ├── PreflightFailed                        no save would work here yet
     ├── CheckpointNotFound (LookupError)       no committed checkpoint answers the request
     ├── StateError (ValueError)                the state handed in cannot be saved as it is
     │   ├── UnsupportedLeaf                    a leaf of a type or dtype that is never pickled
@@ -75,6 +77,7 @@ __all__ = [
     "OutcomeUnknown",
     "ParentRetired",
     "PartialLoad",
+    "PreflightFailed",
     "Problem",
     "RankErrors",
     "RankSilent",
@@ -94,6 +97,7 @@ __all__ = [
     "UnsupportedFormat",
     "UnsupportedLeaf",
     "UnsupportedStore",
+    "Untrusted",
 ]
 
 
@@ -210,12 +214,23 @@ class UnsupportedFormat(InvalidCheckpoint):
     """The document was written by a newer format or needs a feature this reader lacks."""
 
 
+class Untrusted(InvalidCheckpoint):
+    """A document is not signed by a key that the policy trusts; nothing in it was believed."""
+
+
 class CorruptData(InvalidCheckpoint):
     """A block's bytes do not have the digest that was recorded when they were saved."""
 
 
 class MissingAncestors(InvalidCheckpoint):
     """The checkpoint refers to files of ancestor checkpoints that are not at hand."""
+
+
+class PreflightFailed(DcpResumeError):
+    """No save would work here yet: the store, the rights, or what the ranks see."""
+
+    problems: tuple[Problem, ...]
+    """Every check that failed, with what to do."""
 
 
 class CheckpointNotFound(DcpResumeError, LookupError):

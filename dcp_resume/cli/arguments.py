@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
 from dcp_resume.cli.exit_codes import EXIT_CODES_HELP
+from dcp_resume.cli.keys import read_signing
 from dcp_resume.storage import ObjectStore, RetryPolicy, open_store
 
 if TYPE_CHECKING:
@@ -48,6 +49,12 @@ def add_verb(
         metavar="KEY=VALUE",
         help="option of the file system, such as endpoint_url=http://host:9000; the value may be "
         "JSON; may be repeated; local paths take none",
+    )
+    verb.add_argument(
+        "--keys",
+        metavar="FILE",
+        help="believe only what these keys signed, and sign with the first; lines of KIND KEY-ID "
+        "HEX, where KIND is hmac-sha256, ed25519 or ed25519-public",
     )
     return verb
 
@@ -123,7 +130,8 @@ def read_pairs(pairs: Sequence[str]) -> dict[str, Any]:
         key, mark, value = pair.partition("=")
         if not mark or not key:
             raise ConfigurationError(
-                f"expected KEY=VALUE as storage option, got {pair!r}", option="storage-option"
+                "expected KEY=VALUE as storage option, got one without a key or a '='",
+                option="storage-option",
             )
         try:
             options[key] = json.loads(value)
@@ -152,11 +160,8 @@ def open_url(
         ConfigurationError: The URL or an option cannot work.
     """
     is_local = "://" not in url or url.startswith("file://")
-    return open_store(
-        url,
-        storage_options=None if is_local and not is_strict else options,
-        retry=retry,
-    )
+    own = None if is_local and not is_strict else options
+    return open_store(url, storage_options=own, retry=retry)
 
 
 def open_run(
@@ -174,7 +179,7 @@ def open_run(
     from dcp_resume.session.run_log import RunLog
 
     store = open_url(arguments.url, read_pairs(arguments.storage_option), retry=retry)
-    log = RunLog(store)
+    log = RunLog(store, signing=read_signing(arguments))
     if not log.refresh().last_seq:
         raise CheckpointNotFound(
             f"{store.url} is no run: it has no log. A single checkpoint's directory is shown by "

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from dcp_resume.cli.arguments import add_other_step, add_step, add_verb, open_url, read_pairs
 from dcp_resume.cli.exit_codes import ExitCode
+from dcp_resume.cli.keys import read_signing
 from dcp_resume.cli.printing import ProgressLine, print_json, print_table, size_text
 
 if TYPE_CHECKING:
@@ -72,8 +73,9 @@ def _run(arguments: argparse.Namespace) -> int:
 
     options = read_pairs(arguments.storage_option)
     other = arguments.step if arguments.other_step is None else arguments.other_step
-    a = open_side(open_url(arguments.a, options, is_strict=False), arguments.step)
-    b = open_side(open_url(arguments.b, options, is_strict=False), other)
+    trust = read_signing(arguments).trust
+    a = open_side(open_url(arguments.a, options, is_strict=False), arguments.step, trust)
+    b = open_side(open_url(arguments.b, options, is_strict=False), other, trust)
     progress = ProgressLine("comparing")
     try:
         difference = compare_checkpoints(

@@ -70,6 +70,7 @@ def _parser() -> argparse.ArgumentParser:
         collect_litter,
         compare_loss,
         diff_checkpoints,
+        doctor,
         inspect_checkpoint,
         list_run,
         mark_checkpoint,
@@ -99,6 +100,7 @@ def _parser() -> argparse.ArgumentParser:
         mark_checkpoint,
         quarantine_checkpoint,
         collect_litter,
+        doctor,
     ):
         module.add_parser(verbs)
     return parser

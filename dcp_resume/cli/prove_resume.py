@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 from dcp_resume.cli.arguments import add_verb, read_pairs
 from dcp_resume.cli.diff_checkpoints import add_ignore, difference_document, print_difference
 from dcp_resume.cli.exit_codes import ExitCode
+from dcp_resume.cli.keys import read_signing
 from dcp_resume.cli.printing import print_json
 
 if TYPE_CHECKING:
@@ -82,6 +83,7 @@ def _run(arguments: argparse.Namespace) -> int:
         last=arguments.last,
         resume_words=tuple(shlex.split(arguments.resume_with)),
         storage_options=read_pairs(arguments.storage_option) or None,
+        trust=read_signing(arguments).trust,
         diff=DiffOptions(ignored=tuple(arguments.ignore)),
     )
     scratch = Scratch.at(arguments.scratch)

@@ -6,6 +6,7 @@ import argparse
 from typing import TYPE_CHECKING
 
 from dcp_resume.cli.arguments import add_verb, open_url, read_pairs
+from dcp_resume.cli.keys import read_signing
 from dcp_resume.cli.printing import print_json
 from dcp_resume.errors import CheckpointNotFound
 from dcp_resume.manifest.history import CommitEntry, RunHistory
@@ -83,7 +84,8 @@ def _unquarantine(arguments: argparse.Namespace) -> int:
 
 
 def _open_log(arguments: argparse.Namespace) -> RunLog:
-    log = RunLog(open_url(arguments.url, read_pairs(arguments.storage_option)))
+    store = open_url(arguments.url, read_pairs(arguments.storage_option))
+    log = RunLog(store, signing=read_signing(arguments))
     log.refresh()
     return log
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from dcp_resume.cli.arguments import PATIENT, add_step, add_verb, open_url, read_pairs
+from dcp_resume.cli.keys import read_signing
 from dcp_resume.cli.printing import ProgressLine, print_json, size_text
 from dcp_resume.errors import ConfigurationError
 
@@ -88,14 +89,17 @@ def _run(arguments: argparse.Namespace) -> int:
         is_strict=others is not None,
         retry=PATIENT,
     )
+    signing = read_signing(arguments)
     progress = ProgressLine("resharding")
     options = ReshardOptions(
         rules=rules,
         is_strict=arguments.strict,
         window_bytes=arguments.window_mib << 20,
         progress=progress,
+        trust=signing.trust,
+        signing=signing,
     )
-    (located,) = find_checkpoints(source, arguments.step)
+    (located,) = find_checkpoints(source, arguments.step, signing.trust)
     try:
         result = reshard(source, located, target, mesh, options)
     finally:

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from dcp_resume.cli.arguments import PATIENT, add_step, add_verb, open_url, read_pairs
 from dcp_resume.cli.exit_codes import ExitCode
+from dcp_resume.cli.keys import read_signing
 from dcp_resume.cli.printing import ProgressLine, print_json, size_text
 
 if TYPE_CHECKING:
@@ -55,10 +56,13 @@ def _run(arguments: argparse.Namespace) -> int:
     prove = Prove.TENSORS if arguments.tensors else Prove.BLOCKS
     store = open_url(arguments.url, read_pairs(arguments.storage_option), retry=PATIENT)
     results: list[Verification] = []
-    for located in find_checkpoints(store, arguments.step):
+    trust = read_signing(arguments).trust
+    for located in find_checkpoints(store, arguments.step, trust):
         progress = ProgressLine(f"verifying {located.prefix or store.url}")
         try:
-            results.append(verify_checkpoint(store, located, prove=prove, progress=progress))
+            results.append(
+                verify_checkpoint(store, located, trust=trust, prove=prove, progress=progress)
+            )
         finally:
             progress.close()
         if not arguments.json:

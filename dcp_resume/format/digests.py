@@ -8,9 +8,11 @@ at chunk edges, reads few foreign bytes, and a large chunk keeps its digests whe
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, TypeAlias
+from enum import Enum
+from typing import Any, Protocol, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
@@ -21,6 +23,7 @@ from dcp_resume.errors import CorruptData, Problem
 __all__ = [
     "DIGEST_BYTES",
     "BlockRule",
+    "DigestAlgorithm",
     "FileBlocks",
     "block_bounds",
     "check_digest",
@@ -34,8 +37,31 @@ __all__ = [
 Buffer: TypeAlias = bytes | bytearray | memoryview
 Int64s: TypeAlias = npt.NDArray[np.int64]
 
-ALGORITHM = "xxh3-128"
 DIGEST_BYTES = 16
+
+
+class Hasher(Protocol):
+    """What hashlib and xxhash have in common."""
+
+    def update(self, data: Buffer, /) -> object:
+        """Take more bytes."""
+
+    def digest(self) -> bytes:
+        """The digest of all bytes so far."""
+
+
+class DigestAlgorithm(Enum):
+    """How blocks, files and documents are digested; one for a whole checkpoint."""
+
+    XXH3 = "xxh3-128"
+    """Fast; proves against accidents, not against an adversary."""
+    SHA256 = "sha256-128"
+    """The first 128 bits of SHA-256: what a signature can rest on."""
+
+    def new(self) -> Hasher:
+        """An empty hasher; the first 16 bytes of its digest count."""
+        return xxhash.xxh3_128() if self is DigestAlgorithm.XXH3 else hashlib.sha256()
+
 
 MIN_BLOCK = 2**16
 MAX_BLOCK = 2**24
@@ -45,17 +71,19 @@ DIGEST_BUDGET = 32 * 10**6
 """Bytes of all block digests of a checkpoint that the choice of block size aims to stay below."""
 
 
-def digest_bytes(buffers: Iterable[Buffer]) -> bytes:
-    """The 16 raw bytes (canonical, big-endian) of xxh3-128 over buffers laid end to end."""
-    state = xxhash.xxh3_128()
+def digest_bytes(
+    buffers: Iterable[Buffer], algorithm: DigestAlgorithm = DigestAlgorithm.XXH3
+) -> bytes:
+    """The 16 raw bytes (of xxHash the canonical, big-endian ones) over buffers laid end to end."""
+    state = algorithm.new()
     for buffer in buffers:
         state.update(buffer)
-    return state.digest()
+    return state.digest()[:DIGEST_BYTES]
 
 
-def digest_hex(data: Buffer) -> str:
+def digest_hex(data: Buffer, algorithm: DigestAlgorithm = DigestAlgorithm.XXH3) -> str:
     """The digest of exact bytes as documents spell it: ``xxh3-128:<32 hex digits>``."""
-    return f"{ALGORITHM}:{xxhash.xxh3_128_hexdigest(data)}"
+    return f"{algorithm.value}:{digest_bytes([data], algorithm).hex()}"
 
 
 def check_digest(data: Buffer, expected: str, where: str) -> None:
@@ -69,20 +97,21 @@ def check_digest(data: Buffer, expected: str, where: str) -> None:
     Raises:
         CorruptData: The digest differs, or its algorithm is unknown (kind ``algorithm``).
     """
-    found = digest_hex(data)
+    name = expected.partition(":")[0]
+    known = name in {algorithm.value for algorithm in DigestAlgorithm}
+    found = digest_hex(data, DigestAlgorithm(name) if known else DigestAlgorithm.XXH3)
     if found == expected:
         return
-    known = expected.startswith(f"{ALGORITHM}:")
     message = f"expected digest {expected}, found {found} over {len(data)} bytes"
     problem = Problem(where, "digest" if known else "algorithm", message)
     raise CorruptData(f"{where}: {message}; use another checkpoint", problems=(problem,))
 
 
-def fold(block_digests: Buffer) -> str:
+def fold(block_digests: Buffer, algorithm: DigestAlgorithm = DigestAlgorithm.XXH3) -> str:
     """One digest over block digests (16 raw bytes each, in order): the digest of a file."""
     if len(block_digests) % DIGEST_BYTES:
         raise ValueError(f"expected a multiple of 16 bytes, found {len(block_digests)}")
-    return digest_hex(block_digests)
+    return digest_hex(block_digests, algorithm)
 
 
 def choose_block_size(total_bytes: int) -> int:
@@ -193,13 +222,18 @@ def _pieces(buffers: Sequence[Buffer], stops: Iterable[int]) -> Iterator[list[me
         yield taken
 
 
-def digest_blocks(bounds: npt.NDArray[Any], buffers: Sequence[Buffer]) -> bytes:
+def digest_blocks(
+    bounds: npt.NDArray[Any],
+    buffers: Sequence[Buffer],
+    algorithm: DigestAlgorithm = DigestAlgorithm.XXH3,
+) -> bytes:
     """The digests of all blocks of a file that lies in memory in pieces.
 
     Args:
         bounds: int64[n + 1], from ``block_bounds``.
         buffers: Header, chunks, … in the file's order; not copied. Hashing large pieces releases
             the GIL.
+        algorithm: Of the checkpoint.
 
     Returns:
         16 * n bytes.
@@ -210,4 +244,5 @@ def digest_blocks(bounds: npt.NDArray[Any], buffers: Sequence[Buffer]) -> bytes:
     size = sum(memoryview(buffer).nbytes for buffer in buffers)
     if size != bounds[-1]:
         raise ValueError(f"expected buffers of {bounds[-1]} bytes in all, found {size}")
-    return b"".join(digest_bytes(pieces) for pieces in _pieces(buffers, bounds[1:].tolist()))
+    stops: list[int] = bounds[1:].tolist()
+    return b"".join(digest_bytes(pieces, algorithm) for pieces in _pieces(buffers, stops))

@@ -11,7 +11,7 @@ import numpy.typing as npt
 from dcp_resume.errors import Problem
 from dcp_resume.format.box_table import MAX_TOTAL_BYTES, shape_fault
 from dcp_resume.format.chunk_index import UNUSED, ChunkIndex
-from dcp_resume.format.digests import fold
+from dcp_resume.format.digests import DigestAlgorithm, fold
 from dcp_resume.format.dtypes import ITEMSIZES
 from dcp_resume.format.tiling import tiling_faults
 from dcp_resume.manifest.models import Catalog, Manifest
@@ -127,6 +127,7 @@ class _Check:
 
     def _block_digests(self, itemsizes: list[int], headers: Int64s) -> list[Problem]:
         index, files, digests = self.index, self.catalog.files, self.index.block_digest
+        algorithm = DigestAlgorithm(self.manifest.digest.algorithm)
         block_size = self.manifest.digest.block_size
         total = sum(file.size for file in files)
         # Before the blocks are laid out, which allocates for each of them.
@@ -140,7 +141,7 @@ class _Check:
         return [
             Problem(file.key, "digest", f"the catalog says {file.digest}, its blocks {found}")
             for f, file in enumerate(files)
-            if (found := fold(digests[first[f] : first[f + 1]].tobytes())) != file.digest
+            if (found := fold(digests[first[f] : first[f + 1]].tobytes(), algorithm)) != file.digest
         ][:MAX_REPORTED]
 
     def tiling(self) -> list[Problem]:

@@ -35,6 +35,16 @@ from dcp_resume.manifest.values import Json, decode_value, encode_value
 
 __all__ = ["decode_leaf", "encode_leaf", "pack_leaves", "register_enum", "unpack_leaves"]
 
+_MALFORMED = (
+    ArithmeticError,
+    AttributeError,
+    LookupError,
+    RuntimeError,
+    TypeError,
+    ValueError,
+)
+"""What numpy, torch and Python raise where a tagged value is not what its tag says."""
+
 MAX_DEPTH = 64
 MAX_JSON_DEPTH = 72
 """Most levels of an encoded leaf, of which one of the value makes up to three. The documents that
@@ -147,7 +157,7 @@ def _decode_other(tag: str, body: Json, where: str) -> object:
 
     try:
         return decoder(body, inner)
-    except (TypeError, ValueError, KeyError, RuntimeError, AttributeError) as error:
+    except _MALFORMED as error:
         raise ValueError(f"{where}: malformed {tag} value ({error})") from error
 
 
@@ -193,7 +203,7 @@ def _read_leaf(entry: Json) -> tuple[str, tuple[tuple[Any, ...], Json]]:
     fqn, path = entry["fqn"], entry["path"]
     if not isinstance(fqn, str) or not isinstance(path, list):
         raise ValueError("expected text as fqn and a list as path")
-    if not all(_is_path_key(key) for key in path):
+    if not path or not all(_is_path_key(key) for key in path):
         raise ValueError(f"{fqn}: malformed path")
     return fqn, (tuple(path), entry["value"])
 

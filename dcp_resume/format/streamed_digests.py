@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import numpy as np
 import numpy.typing as npt
-import xxhash
+
+from dcp_resume.format.digests import DIGEST_BYTES, DigestAlgorithm
 
 __all__ = ["StreamedDigests"]
 
@@ -14,13 +15,19 @@ class StreamedDigests:
 
     Args:
         bounds: int64[n + 1], from ``block_bounds``.
+        algorithm: Of the checkpoint.
     """
 
-    def __init__(self, bounds: npt.NDArray[np.int64]) -> None:
+    def __init__(
+        self,
+        bounds: npt.NDArray[np.int64],
+        algorithm: DigestAlgorithm = DigestAlgorithm.XXH3,
+    ) -> None:
+        self._algorithm = algorithm
         self._stops: list[int] = bounds[1:].tolist()
         self._stops.reverse()
         self._position = 0
-        self._state = xxhash.xxh3_128()
+        self._state = algorithm.new()
         self._digests: list[bytes] = []
 
     def update(self, window: memoryview) -> None:
@@ -38,8 +45,8 @@ class StreamedDigests:
             window = window[len(piece) :]
             if self._position == self._stops[-1]:
                 self._stops.pop()
-                self._digests.append(self._state.digest())
-                self._state.reset()
+                self._digests.append(self._state.digest()[:DIGEST_BYTES])
+                self._state = self._algorithm.new()
 
     def finish(self) -> bytes:
         """The digests of all blocks, 16 bytes each.

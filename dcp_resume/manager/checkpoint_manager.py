@@ -104,7 +104,11 @@ class CheckpointManager:
         self.url = self._store.url
         retry = self.settings.retry
         self._log = RunLog(
-            self._store, deadline_s=retry.deadline_s, clock=retry.clock, sleep=retry.sleep
+            self._store,
+            signing=self.settings.signing,
+            deadline_s=retry.deadline_s,
+            clock=retry.clock,
+            sleep=retry.sleep,
         )
         self._ranks = Ranks()
         self._pool = BufferPool()

@@ -63,7 +63,7 @@ def load_located(
         RankSilent: A rank did not answer by the deadline.
         StorageError: The store failed.
     """
-    session = LoadSession(store, votes, located, options)
+    session = LoadSession(store, votes, located, options, settings.signing.trust)
     session.open()
     opened = session.opened
     lost = set(changed) - set(opened.tensor_ids)

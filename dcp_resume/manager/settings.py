@@ -10,6 +10,7 @@ from typing import Any
 from dcp_resume.errors import ConfigurationError
 from dcp_resume.manager.policies import KeepAll, KeepLast, RetentionPolicy
 from dcp_resume.manager.stateful import OptimizerState
+from dcp_resume.manifest.signing import Signing
 from dcp_resume.planning.declarations import Declarations
 from dcp_resume.session.load import LoadOptions
 from dcp_resume.session.tensor_digests import TensorDigests
@@ -58,9 +59,11 @@ class Settings:
     declarations: Declarations = field(default_factory=Declarations)
     tensor_digests: TensorDigests = TensorDigests.OMIT
     load: LoadOptions = field(default_factory=LoadOptions)
-    storage_options: Mapping[str, Any] = field(default_factory=dict)
-    """Passed to the file system: endpoint, credentials, profile."""
+    storage_options: Mapping[str, Any] = field(default_factory=dict, repr=False)
+    """Passed to the file system: endpoint, credentials, profile; never shown."""
     retry: RetryPolicy = field(default_factory=RetryPolicy)
+    signing: Signing = field(default_factory=Signing)
+    """How what the run writes is signed, and whose checkpoints are loaded."""
     monitor: str = "loss"
     """Metric of the trainer state that ``best`` compares."""
     monitor_mode: str = "min"

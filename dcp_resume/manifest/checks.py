@@ -7,6 +7,7 @@ problem that it finds. The chunk index has its own checks in ``format.chunk_inde
 from __future__ import annotations
 
 import re
+import reprlib
 from collections import Counter
 from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
 from typing import TypeVar
@@ -29,14 +30,17 @@ from dcp_resume.manifest.models import (
     MeshEntry,
     TensorEntry,
 )
-from dcp_resume.manifest.wire import MAX_CATALOG_BYTES
+from dcp_resume.manifest.wire import MAX_CATALOG_BYTES, MAX_INDEX_BYTES
 
 __all__ = ["catalog_problems", "checkpoint_problems", "manifest_problems", "name_problems"]
 
 MAX_FQN_BYTES = 4096
 MAX_TENSOR_BYTES = 2**63 - 1
+MAX_HEADER_BYTES = 8 + 100_000_000
+"""Bytes before the first chunk of a data file."""
+MAX_LEAVES_BYTES = 2**30
+"""Bytes of a tensor that holds packed leaves: a reader takes it into memory whole."""
 
-_DIGEST = re.compile(r"xxh3-128:[0-9a-f]{32}")
 _BLOCK_DIGEST = re.compile(r"[0-9a-f]{32}")
 _PLACEMENT = re.compile(r"R|S\((\d{1,4})\)|SS\((\d{1,4}),[1-9]\d{0,9}\)")
 _RESERVED_FQN = "__metadata__"
@@ -63,16 +67,31 @@ def manifest_problems(manifest: Manifest) -> Iterator[Problem]:
         message = f"expected 1 to 32 of [a-z0-9], found {manifest.attempt!r:.80}"
         yield Problem(f"{where}:attempt", "attempt", message)
     yield from _block_size_problem(f"{where}:digest.block_size", manifest.digest.block_size)
-    yield from _document_problems(f"{where}:catalog", manifest.catalog, CATALOG_NAME)
-    yield from _document_problems(f"{where}:chunk_index", manifest.chunk_index, INDEX_NAME)
-    if manifest.catalog.size > MAX_CATALOG_BYTES:
-        message = f"expected at most {MAX_CATALOG_BYTES} bytes, found {manifest.catalog.size}"
-        yield Problem(f"{where}:catalog.size", "too_large", message)
+    algorithm = manifest.digest.algorithm
+    for name, document, usual_key in (
+        ("catalog", manifest.catalog, CATALOG_NAME),
+        ("chunk_index", manifest.chunk_index, INDEX_NAME),
+    ):
+        yield from _document_problems(f"{where}:{name}", document, usual_key)
+        yield from _digest_problem(f"{where}:{name}.digest", document.digest, algorithm)
+    for name, reference, limit in (
+        ("catalog", manifest.catalog, MAX_CATALOG_BYTES),
+        ("chunk_index", manifest.chunk_index, MAX_INDEX_BYTES),
+    ):
+        if reference.size > limit:
+            message = f"expected at most {limit} bytes, found {reference.size}"
+            yield Problem(f"{where}:{name}.size", "too_large", message)
     yield from _index_problems(f"{where}:chunk_index", manifest)
     for name, part in manifest.parts.items():
-        yield from _digest_problem(f"{where}:parts.{name}.digest", part.digest)
+        yield from _digest_problem(f"{where}:parts.{name}.digest", part.digest, algorithm)
+    for name, facts in manifest.optimizer.items():
+        if not isinstance(facts, Mapping):
+            message = f"expected type and options, found {reprlib.repr(facts)}"
+            yield Problem(f"{where}:optimizer.{name}", "facts", message)
     yield from _mesh_problems(manifest)
     yield from name_problems((leaf.fqn for leaf in manifest.leaves), f"{where}:leaves")
+    for number, leaf in enumerate(manifest.leaves):
+        yield from _path_problems(f"{where}:leaves[{number}]", leaf.path)
 
 
 def catalog_problems(
@@ -85,6 +104,7 @@ def catalog_problems(
     for number, tensor in enumerate(catalog.tensors):
         where = f"{CATALOG_NAME}:tensors[{number}]"
         yield from _part_problem(where, tensor.part, manifest)
+        yield from _path_problems(where, tensor.path)
         yield from _size_problems(where, tensor, itemsizes)
         yield from _placement_problems(where, tensor, meshes)
         yield from _shape_note_problems(where, tensor)
@@ -94,6 +114,7 @@ def catalog_problems(
         where = f"{CATALOG_NAME}:files[{number}]"
         yield from _part_problem(where, file.part, manifest)
         yield from _file_problems(where, file, own_base)
+        yield from _digest_problem(f"{where}.digest", file.digest, manifest.digest.algorithm)
     yield from _same_file_problems(catalog.files)
 
 
@@ -126,9 +147,10 @@ def _block_size_problem(where: str, size: int) -> Iterator[Problem]:
         yield Problem(where, "block_size", f"expected a power of two, found {size}")
 
 
-def _digest_problem(where: str, digest: str) -> Iterator[Problem]:
-    if _DIGEST.fullmatch(digest) is None:
-        message = f"expected 'xxh3-128:' and 32 hex digits, found {digest!r:.80}"
+def _digest_problem(where: str, digest: str, algorithm: str) -> Iterator[Problem]:
+    name, _, digits = digest.partition(":")
+    if name != algorithm or _BLOCK_DIGEST.fullmatch(digits) is None:
+        message = f"expected '{algorithm}:' and 32 hex digits, found {digest!r:.80}"
         yield Problem(where, "digest_form", message)
 
 
@@ -137,7 +159,6 @@ def _document_problems(where: str, document: DocumentRef, name: str) -> Iterator
         yield _escape(f"{where}.key", document.key)
     elif document.key == MANIFEST_NAME:
         yield Problem(f"{where}.key", "duplicate", f"expected a key such as {name!r}, not our own")
-    yield from _digest_problem(f"{where}.digest", document.digest)
 
 
 def _index_problems(where: str, manifest: Manifest) -> Iterator[Problem]:
@@ -196,7 +217,7 @@ def _count_problems(manifest: Manifest, catalog: Catalog) -> Iterator[Problem]:
 
 def _part_problem(where: str, part: str, manifest: Manifest) -> Iterator[Problem]:
     if part not in manifest.parts:
-        message = f"part {part!r:.80} is not among the manifest's {sorted(manifest.parts)!s:.200}"
+        message = f"part {part!r:.80} is not among the manifest's {len(manifest.parts)}"
         yield Problem(f"{where}.part", "dangling", message)
 
 
@@ -209,6 +230,22 @@ def _size_problems(
     if _product(tensor.global_shape, itemsize or 1) > MAX_TENSOR_BYTES:
         message = f"{tensor.fqn!r:.80} would have more than {MAX_TENSOR_BYTES} bytes"
         yield Problem(f"{where}.global_shape", "too_large", message)
+    if tensor.codec == "leaves" and (
+        tensor.dtype != "uint8" or _product(tensor.global_shape) > MAX_LEAVES_BYTES
+    ):
+        message = f"expected at most {MAX_LEAVES_BYTES} of uint8, as packed leaves are"
+        yield Problem(f"{where}.codec", "leaves", message)
+
+
+def _path_problems(where: str, path: Sequence[object]) -> Iterator[Problem]:
+    is_path = path and all(
+        type(key) in (str, int)
+        or (isinstance(key, dict) and set(key) == {"key"} and type(key["key"]) is int)
+        for key in path
+    )
+    if not is_path:
+        message = f"expected names, positions and {{'key': n}}, found {reprlib.repr(path)}"
+        yield Problem(f"{where}.path", "path", message)
 
 
 def _product(sizes: Sequence[int], first: int = 1) -> int:
@@ -305,7 +342,9 @@ def _file_problems(where: str, file: FileEntry, own_base: str) -> Iterator[Probl
     if file.header_bytes > file.size:
         message = f"{file.header_bytes} bytes of header in a file of {file.size}"
         yield Problem(f"{where}.header_bytes", "range", message)
-    yield from _digest_problem(f"{where}.digest", file.digest)
+    if file.header_bytes > MAX_HEADER_BYTES:
+        message = f"expected at most {MAX_HEADER_BYTES} bytes, found {file.header_bytes}"
+        yield Problem(f"{where}.header_bytes", "too_large", message)
 
 
 def _is_base(base: str) -> bool:

@@ -59,7 +59,10 @@ def _as_float(value: Any) -> float:
     number = decode_value(value, where="float")
     if isinstance(number, bool) or not isinstance(number, (int, float)):
         raise ValueError(f"expected a number, found {number!r}")
-    return float(number)
+    try:
+        return float(number)
+    except OverflowError as error:  # pydantic would let it through
+        raise ValueError("expected a number in the range of a float") from error
 
 
 TaggedFloat = Annotated[float, PlainValidator(_as_float), PlainSerializer(_encode_tagged)]
@@ -88,11 +91,15 @@ class FormatMark(Document):
     """Features without which it would be misread; unknown ones MUST be refused by name."""
 
 
+DigestName = Literal["xxh3-128", "sha256-128"]
+
+
 class DigestRule(Document):
     """How bytes are proved."""
 
-    algorithm: Literal["xxh3-128"] = "xxh3-128"
-    """Proves against accidents, not against an adversary."""
+    algorithm: DigestName = "xxh3-128"
+    """Of every digest of the checkpoint. ``xxh3-128`` proves against accidents alone; a signed
+    checkpoint has ``sha256-128``, the first 128 bits of SHA-256."""
     block_size: Annotated[int, Field(ge=2**16, le=2**24)]
     """Bytes of a block, a power of two."""
 

@@ -1,7 +1,8 @@
 """Documents to bytes and back. Every document is hostile until it has passed through here.
 
 Bytes are deterministic: UTF-8, keys sorted, a newline at the end, no NaN or Infinity. Digests are
-always over the exact bytes found, so a reader never has to reproduce them.
+always over the exact bytes found, so a reader never has to reproduce them. Manifests and log
+records end with a checksum of their own (``seals.py``).
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ import math
 import re
 import reprlib
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
 from pydantic import TypeAdapter, ValidationError
@@ -26,11 +27,19 @@ from dcp_resume.manifest.models import (
     Manifest,
 )
 from dcp_resume.manifest.records import LogRecord, log_record_adapter
+from dcp_resume.manifest.seals import (
+    SEAL_FIELDS,
+    Signature,
+    find_seal,
+    not_signed,
+    seal,
+)
 from dcp_resume.manifest.values import Json
 from dcp_resume.problems import summarise
 
 __all__ = [
     "MAX_CATALOG_BYTES",
+    "MAX_INDEX_BYTES",
     "MAX_MANIFEST_BYTES",
     "MAX_RECORD_BYTES",
     "decode_catalog",
@@ -42,6 +51,8 @@ __all__ = [
 MAX_MANIFEST_BYTES = 256 * 2**10
 MAX_RECORD_BYTES = 64 * 2**10
 MAX_CATALOG_BYTES = 512 * 2**20
+MAX_INDEX_BYTES = 2**30
+"""A hundred million chunks; a sparse file of any size costs its writer nothing."""
 MAX_DEPTH = 128
 """JSON levels. Far below what overflows a parser's stack: some stop at 200."""
 
@@ -51,8 +62,15 @@ _catalog_adapter: TypeAdapter[Catalog] = TypeAdapter(Catalog)
 _MAYBE_SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")
 
 
-def encode(document: Manifest | Catalog | LogRecord) -> bytes:
+def encode(
+    document: Manifest | Catalog | LogRecord,
+    sign: Callable[[bytes], Signature | None] = not_signed,
+) -> bytes:
     """The bytes of a document: a manifest is indented for people, the others are one line.
+
+    Args:
+        document: What to write.
+        sign: Signs a manifest or a log record.
 
     Raises:
         InvalidDocument: The document is larger than readers accept, or holds a value that JSON
@@ -66,8 +84,10 @@ def encode(document: Manifest | Catalog | LogRecord) -> bytes:
     is_for_people = isinstance(document, Manifest)
     try:
         fields = document.model_dump(mode="python")
-        # A reader refuses what is deeper, so it must not be written.
+        # A reader refuses what is deeper, or names a field twice, so it must not be written.
         _check_depth(fields)
+        if fields.keys() & SEAL_FIELDS:
+            raise ValueError(f"{sorted(SEAL_FIELDS)} are written by the seal alone")
         text = json.dumps(
             fields,
             allow_nan=False,
@@ -77,6 +97,8 @@ def encode(document: Manifest | Catalog | LogRecord) -> bytes:
             separators=(",", ": " if is_for_people else ":"),
         )
         data = text.encode("utf-8") + b"\n"
+        if not isinstance(document, Catalog):
+            data = seal(data, sign)
     except (TypeError, ValueError, RecursionError) as error:
         raise _invalid(where, [Problem(where, "not_json", str(error))], "write") from error
     _check_size(data, where, cap, "write")
@@ -94,7 +116,7 @@ def decode_manifest(data: bytes, where: str) -> Manifest:
         UnsupportedFormat: Another format, a newer major version, or an unknown required feature.
         InvalidDocument: Malformed; every fault is listed.
     """
-    return _decode(data, where, MAX_MANIFEST_BYTES, _manifest_adapter)
+    return _decode_sealed(data, where, MAX_MANIFEST_BYTES, _manifest_adapter)
 
 
 def decode_catalog(data: bytes, where: str) -> Catalog:
@@ -114,8 +136,22 @@ def decode_record(data: bytes, where: str) -> LogRecord:
         UnsupportedFormat: Another format, a newer major version, or an unknown required feature.
         InvalidDocument: Malformed; every fault is listed.
     """
-    record: LogRecord = _decode(data, where, MAX_RECORD_BYTES, log_record_adapter)
+    record: LogRecord = _decode_sealed(data, where, MAX_RECORD_BYTES, log_record_adapter)
     return record
+
+
+def _decode_sealed(data: bytes, where: str, cap: int, adapter: TypeAdapter[_T]) -> _T:
+    _check_size(data, where, cap, "read")
+    found = find_seal(data)
+    if found is None:
+        # Another format need not end as ours does, so say that first, where it is so.
+        _check_format(_parse(data, where), where)
+        message = "expected a checksum as its last line, found none"
+        raise _invalid(where, [Problem(where, "checksum", message)])
+    if not found.is_whole:
+        message = f"it says checksum {found.checksum}, its bytes have {found.expected}"
+        raise _invalid(where, [Problem(where, "checksum", message)])
+    return _decode(found.content, where, cap, adapter)
 
 
 def _decode(data: bytes, where: str, cap: int, adapter: TypeAdapter[_T]) -> _T:

@@ -20,6 +20,7 @@ from typing import Any
 
 from dcp_resume.errors import ConfigurationError
 from dcp_resume.manifest.history import RunHistory
+from dcp_resume.manifest.signing import ANYONE, Signing, Trust
 from dcp_resume.proof.legs import Leg, run_leg
 from dcp_resume.session.difference import CheckpointDifference, DiffOptions, compare_checkpoints
 from dcp_resume.session.run_log import RunLog
@@ -78,6 +79,8 @@ class ProofPlan:
     """Added to the command where it is to resume."""
     storage_options: Mapping[str, Any] | None = None
     """For looking at the runs; the command gets its own."""
+    trust: Trust = ANYONE
+    """Whose checkpoints are believed; the command signs by its own keys."""
     diff: DiffOptions = field(default_factory=DiffOptions)
 
     def __post_init__(self) -> None:
@@ -166,37 +169,39 @@ def prove_resume(
     options = plan.storage_options
     stores = [open_store(leg.run, storage_options=options) for leg in (straight, resumed)]
     for store in stores:
-        _refuse_used(store)
+        _refuse_used(store, plan.trust)
     notice(f"leg 1 of 3, straight: to step {plan.last}")
     run_leg(straight)
-    _check_newest(straight, RunLog(stores[0]).refresh())
+    _check_newest(straight, _history(stores[0], plan.trust))
     notice(f"leg 2 of 3, stopped: to step {plan.stop_at}")
     run_leg(stopped)
-    before = RunLog(stores[1]).refresh()
+    before = _history(stores[1], plan.trust)
     _check_newest(stopped, before)
     differences: list[CheckpointDifference] = []
-    if RunLog(stores[0]).refresh().find_step(plan.stop_at) is not None:
-        differences.append(_compare(stores, plan.stop_at, plan.diff))
+    if _history(stores[0], plan.trust).find_step(plan.stop_at) is not None:
+        differences.append(_compare(stores, plan.stop_at, plan))
         if not differences[0].is_equal:
             return Proof(plan.stop_at, plan.last, tuple(differences))
     notice(f"leg 3 of 3, resumed: from step {plan.stop_at} to step {plan.last}")
     run_leg(resumed)
-    after = RunLog(stores[1]).refresh()
+    after = _history(stores[1], plan.trust)
     _check_newest(resumed, after)
     _check_resumed(resumed, plan.stop_at, before, after)
-    differences.append(_compare(stores, plan.last, plan.diff))
+    differences.append(_compare(stores, plan.last, plan))
     return Proof(plan.stop_at, plan.last, tuple(differences))
 
 
-def _compare(
-    stores: Sequence[ObjectStore], step: int, options: DiffOptions
-) -> CheckpointDifference:
-    a, b = (open_side(store, step) for store in stores)
-    return compare_checkpoints(a, b, options)
+def _history(store: ObjectStore, trust: Trust) -> RunHistory:
+    return RunLog(store, signing=Signing(trust=trust)).refresh()
 
 
-def _refuse_used(store: ObjectStore) -> None:
-    if RunLog(store).refresh().last_seq:
+def _compare(stores: Sequence[ObjectStore], step: int, plan: ProofPlan) -> CheckpointDifference:
+    a, b = (open_side(store, step, plan.trust) for store in stores)
+    return compare_checkpoints(a, b, plan.diff)
+
+
+def _refuse_used(store: ObjectStore, trust: Trust) -> None:
+    if _history(store, trust).last_seq:
         raise ConfigurationError(
             f"{store.url} holds a run already; a proof needs an empty scratch place",
             option="scratch",

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from dcp_resume.errors import StorageError, StoreNotShared
-from dcp_resume.format.digests import choose_block_size, digest_hex
+from dcp_resume.format.digests import DigestAlgorithm, choose_block_size, digest_hex
 from dcp_resume.format.dtypes import ITEMSIZES
 from dcp_resume.manifest.keys import (
     CATALOG_NAME,
@@ -45,6 +45,8 @@ class RankOrder:
     attempt: str
     step: int
     block_size: int
+    algorithm: DigestAlgorithm
+    """Of the blocks' digests; told by the coordinator, so that no rank uses another."""
     tensor_digests: TensorDigests
     plan: RankPlan
 
@@ -56,7 +58,8 @@ class RankOrder:
     def to_bytes(self) -> bytes:
         """Serialise for its rank."""
         head = self.block_size.to_bytes(8, "little") + self.step.to_bytes(8, "little")
-        names = self.attempt.encode().ljust(32) + self.tensor_digests.value.encode().ljust(8)
+        names = self.attempt.encode().ljust(32) + self.algorithm.value.encode().ljust(16)
+        names += self.tensor_digests.value.encode().ljust(8)
         return head + names + self.plan.to_bytes()
 
     @classmethod
@@ -70,8 +73,9 @@ class RankOrder:
             attempt=data[16:48].decode().strip(),
             step=int.from_bytes(data[8:16], "little"),
             block_size=int.from_bytes(data[:8], "little"),
-            tensor_digests=TensorDigests(data[48:56].decode().strip()),
-            plan=RankPlan.from_bytes(data[56:]),
+            algorithm=DigestAlgorithm(data[48:64].decode().strip()),
+            tensor_digests=TensorDigests(data[64:72].decode().strip()),
+            plan=RankPlan.from_bytes(data[72:]),
         )
 
 
@@ -123,9 +127,15 @@ class Attempt:
             identity.attempt,
             identity.step,
             self.block_size,
+            self.algorithm,
             self.tensor_digests,
             self.plan.rank_plan(rank),
         )
+
+    @property
+    def algorithm(self) -> DigestAlgorithm:
+        """Of every digest: a signed checkpoint rests on one that cannot be forged."""
+        return DigestAlgorithm(self.run.log.signing.digest_algorithm)
 
     def commit(
         self,
@@ -148,7 +158,13 @@ class Attempt:
             StorageError: The store failed; the attempt did not commit.
         """
         documents = build_documents(
-            self.plan, reports, self.identity, facts, self.block_size, late_values or {}
+            self.plan,
+            reports,
+            self.identity,
+            facts,
+            self.block_size,
+            late_values or {},
+            self.run.log.signing,
         )
         prefix = attempt_prefix(self.identity.step, self.identity.attempt)
         self._check_listing(prefix, documents.files)
@@ -161,7 +177,7 @@ class Attempt:
             manifest=DocumentRef(
                 key=prefix + MANIFEST_NAME,
                 size=len(documents.manifest_bytes),
-                digest=digest_hex(documents.manifest_bytes),
+                digest=digest_hex(documents.manifest_bytes, self.algorithm),
             ),
             parent=self.identity.parent,
             references=(),

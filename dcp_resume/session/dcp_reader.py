@@ -39,6 +39,7 @@ from dcp_resume.format.dtypes import DTYPES
 from dcp_resume.format.leaves import decode_leaf
 from dcp_resume.manifest.boxes import Box
 from dcp_resume.manifest.keys import MANIFEST_NAME
+from dcp_resume.manifest.signing import UNSIGNED, Signing
 from dcp_resume.problems import summarise
 from dcp_resume.session.incarnation import incarnation_of
 from dcp_resume.session.load import Located
@@ -104,6 +105,7 @@ class Reader(StorageReader):
         url: Root of the run, or the directory of one checkpoint that was copied without its log.
         step: A step, or ``latest``.
         storage_options: Passed to the file system.
+        signing: How documents are signed, and whose are believed.
 
     Raises:
         ConfigurationError: An unknown URL scheme.
@@ -115,10 +117,12 @@ class Reader(StorageReader):
         *,
         step: int | Literal["latest"] = "latest",
         storage_options: Mapping[str, Any] | None = None,
+        signing: Signing = UNSIGNED,
     ) -> None:
         self._url = os.fspath(url)
         self._step = step
         self._storage_options = dict(storage_options or {})
+        self._signing = signing
         self._opened: OpenedCheckpoint | None = None
         self._located: Located | None = None
         self._values: dict[str, StoredValue] = {}
@@ -162,7 +166,7 @@ class Reader(StorageReader):
         return Metadata(_TensorMetadata(self.opened, self._values), planner_data=paths)
 
     def _open(self) -> None:
-        incarnation = incarnation_of(self._url, self._storage_options)
+        incarnation = incarnation_of(self._url, self._storage_options, self._signing)
         history = incarnation.log.refresh()
         entry = history.newest() if self._step == "latest" else history.find_step(self._step)
         if entry is None and (history.last_seq or not _is_checkpoint(incarnation.store)):
@@ -173,7 +177,10 @@ class Reader(StorageReader):
             )
         self._located = Located.of(entry) if entry else Located(0, "", None)
         self._opened = open_checkpoint(
-            incarnation.store, self._located.prefix, self._located.manifest
+            incarnation.store,
+            self._located.prefix,
+            self._located.manifest,
+            trust=self._signing.trust,
         )
         is_alone = not (dist.is_available() and dist.is_initialized())
         self._values = read_values(
@@ -250,7 +257,7 @@ class Reader(StorageReader):
             if item.type == LoadItemType.BYTE_IO:
                 self._set_value(item.dest_index.fqn, item.storage_index.fqn, planner)
         assert self._located is not None
-        incarnation = incarnation_of(self._url, self._storage_options)
+        incarnation = incarnation_of(self._url, self._storage_options, self._signing)
         incarnation.loaded_seq = self._located.seq or None
         done: Future[None] = Future()
         done.set_result(None)
@@ -271,7 +278,7 @@ class Reader(StorageReader):
             )
 
     def _read(self, targets: list[Target]) -> None:
-        store = incarnation_of(self._url, self._storage_options).store
+        store = incarnation_of(self._url, self._storage_options, self._signing).store
         outcome = read_targets(store, self.opened, targets)
         if not outcome.problems:
             settle(targets)

@@ -31,6 +31,7 @@ from dcp_resume.format.dtypes import dtype_info
 from dcp_resume.format.leaves import encode_leaf, pack_leaves, unpack_leaves
 from dcp_resume.manifest.boxes import Box
 from dcp_resume.manifest.models import TensorEntry, TrainerFacts
+from dcp_resume.manifest.signing import UNSIGNED, Signing
 from dcp_resume.planning.dcp_items import box_of_item, items_to_columns
 from dcp_resume.planning.declarations import Declarations
 from dcp_resume.planning.plans import LocalPlan, RankPlan, per_rank_leaves, unpad_box
@@ -67,6 +68,7 @@ class Writer(StorageWriter):
         declarations: With ``votes="store"``: what the caller knows of its leaves.
         tensor_digests: Whether to record a digest of each tensor.
         storage_options: Passed to the file system.
+        signing: How documents are signed, and whose are believed.
         deadline_s: With ``votes="store"``: seconds until the save fails on every rank.
 
     Raises:
@@ -84,6 +86,7 @@ class Writer(StorageWriter):
         declarations: Declarations | None = None,
         tensor_digests: TensorDigests = TensorDigests.OMIT,
         storage_options: Mapping[str, Any] | None = None,
+        signing: Signing = UNSIGNED,
         deadline_s: float = 1800.0,
     ) -> None:
         if votes not in ("dcp", "store"):
@@ -100,6 +103,7 @@ class Writer(StorageWriter):
         self._declarations = declarations
         self._tensor_digests = tensor_digests
         self._storage_options = dict(storage_options or {})
+        self._signing = signing
         self._deadline_s = deadline_s
         self._session: SaveSession | None = None
         self._attempt: Attempt | None = None
@@ -138,7 +142,7 @@ class Writer(StorageWriter):
                 "a process_group made for this alone and say so by own_group=True",
                 option="votes",
             )
-        incarnation = incarnation_of(self._url, self._storage_options)
+        incarnation = incarnation_of(self._url, self._storage_options, self._signing)
         self._begin_session().stage(state_dict, incarnation.pool)
         return state_dict
 
@@ -149,7 +153,7 @@ class Writer(StorageWriter):
         """End of a stager's life; the buffers stay with the run."""
 
     def _begin_session(self) -> SaveSession:
-        incarnation = incarnation_of(self._url, self._storage_options)
+        incarnation = incarnation_of(self._url, self._storage_options, self._signing)
         first = incarnation.votes(step=self._step, deadline_s=self._deadline_s)
         run = incarnation.own(first)
         self._session = SaveSession(
@@ -200,7 +204,7 @@ class Writer(StorageWriter):
                 option="votes",
             )
         if is_coordinator:
-            incarnation_of(self._url, self._storage_options).own()
+            incarnation_of(self._url, self._storage_options, self._signing).own()
 
     def prepare_local_plan(self, plan: SavePlan) -> SavePlan:
         """Nothing to add."""
@@ -215,7 +219,7 @@ class Writer(StorageWriter):
         """
         if self._votes == "store":
             return plans
-        run = incarnation_of(self._url, self._storage_options).own()
+        run = incarnation_of(self._url, self._storage_options, self._signing).own()
         entries: dict[str, TensorEntry] = {}
         columns: list[LocalPlan] = []
         for rank, plan in enumerate(plans):
@@ -246,10 +250,12 @@ class Writer(StorageWriter):
             return results
         order = RankOrder.from_bytes(plan.storage_data)
         source, values = _source(plan, planner)
-        store = incarnation_of(self._url, self._storage_options).store
+        store = incarnation_of(self._url, self._storage_options, self._signing).store
         staged = stage_rank(order.plan, source, None)
         num_bytes = staged.num_bytes
-        report = write_rank(staged, store, order.prefix, order.block_size, order.tensor_digests)
+        report = write_rank(
+            staged, store, order.prefix, order.block_size, order.algorithm, order.tensor_digests
+        )
         data = [report.to_bytes(), pack_leaves(values)]
         results.set_result([WriteResult(MetadataIndex("~report"), num_bytes, data)])
         return results

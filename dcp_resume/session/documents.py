@@ -7,6 +7,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
+from functools import partial
 from importlib.metadata import version
 from types import MappingProxyType
 from typing import Any
@@ -17,12 +18,18 @@ import torch
 
 from dcp_resume.errors import IncompletePlan
 from dcp_resume.format.chunk_index import ChunkIndex
-from dcp_resume.format.digests import choose_block_size, digest_bytes, digest_hex, fold
+from dcp_resume.format.digests import (
+    DigestAlgorithm,
+    choose_block_size,
+    digest_bytes,
+    digest_hex,
+    fold,
+)
 from dcp_resume.format.dtypes import ITEMSIZES
 from dcp_resume.format.index_check import check_index
 from dcp_resume.format.position_digest import PositionDigest
 from dcp_resume.manifest.checks import checkpoint_problems
-from dcp_resume.manifest.keys import CATALOG_NAME, INDEX_NAME
+from dcp_resume.manifest.keys import CATALOG_NAME, INDEX_NAME, MANIFEST_NAME
 from dcp_resume.manifest.models import (
     Catalog,
     Counts,
@@ -39,6 +46,7 @@ from dcp_resume.manifest.models import (
     Topology,
     TrainerFacts,
 )
+from dcp_resume.manifest.signing import UNSIGNED, Signing
 from dcp_resume.manifest.wire import encode
 from dcp_resume.planning.flattening import part_of
 from dcp_resume.planning.merge import GlobalPlan
@@ -115,6 +123,7 @@ def build_documents(
     facts: Facts,
     block_size: int,
     late_values: Mapping[str, tuple[Any, Any]] = MappingProxyType({}),
+    signing: Signing = UNSIGNED,
 ) -> Documents:
     """Describe what the ranks wrote.
 
@@ -125,13 +134,15 @@ def build_documents(
         facts: What the caller says.
         block_size: Bytes of a digest block.
         late_values: FQN → path and encoded value of leaves that came with the reports.
+        signing: Signs the manifest, and says which digests it rests on.
 
     Raises:
         IncompletePlan: Readers would refuse the checkpoint.
         InvalidDocument: A document would be larger than readers accept.
     """
+    algorithm = DigestAlgorithm(signing.digest_algorithm)
     digests = np.concatenate([report.digests for report in reports])
-    files = _file_entries(plan, reports, digests)
+    files = _file_entries(plan, reports, digests, algorithm)
     index = ChunkIndex.build(
         file_chunk_count=plan.layout.file_chunk_count,
         chunk_tensor=plan.layout.chunks.tensor,
@@ -171,8 +182,8 @@ def build_documents(
             LeafEntry(fqn=fqn, path=path, value=value)
             for fqn, (path, value) in {**plan.manifest_values, **late_values}.items()
         ),
-        parts=_part_summaries(plan, files, late_values),
-        digest=DigestRule(block_size=block_size),
+        parts=_part_summaries(plan, files, late_values, algorithm),
+        digest=DigestRule(algorithm=signing.digest_algorithm, block_size=block_size),
         counts=Counts(
             tensors=len(plan.tensors),
             chunks=len(index.chunk_tensor),
@@ -181,11 +192,12 @@ def build_documents(
             files=len(files),
             num_bytes=sum(file.size for file in files),
         ),
-        catalog=_reference(CATALOG_NAME, catalog_bytes),
-        chunk_index=_index_reference(index_bytes),
+        catalog=_reference(CATALOG_NAME, catalog_bytes, algorithm),
+        chunk_index=_index_reference(index_bytes, algorithm),
     )
     _refuse_unreadable(manifest, catalog, index)
-    return Documents(manifest, encode(manifest), catalog_bytes, index_bytes, files)
+    manifest_bytes = encode(manifest, partial(signing.sign, MANIFEST_NAME))
+    return Documents(manifest, manifest_bytes, catalog_bytes, index_bytes, files)
 
 
 def _with_tensor_digests(plan: GlobalPlan, sums: npt.NDArray[np.uint64]) -> tuple[TensorEntry, ...]:
@@ -226,7 +238,10 @@ def _refuse_unreadable(manifest: Manifest, catalog: Catalog, index: ChunkIndex) 
 
 
 def _file_entries(
-    plan: GlobalPlan, reports: Sequence[RankReport], digests: np.ndarray[Any, Any]
+    plan: GlobalPlan,
+    reports: Sequence[RankReport],
+    digests: np.ndarray[Any, Any],
+    algorithm: DigestAlgorithm,
 ) -> tuple[FileEntry, ...]:
     sizes = np.concatenate([report.sizes for report in reports]).tolist()
     headers = np.concatenate([report.header_sizes for report in reports]).tolist()
@@ -239,7 +254,7 @@ def _file_entries(
             rank=rank,
             size=size,
             header_bytes=header,
-            digest=fold(digests[start:end].tobytes()),
+            digest=fold(digests[start:end].tobytes(), algorithm),
         )
         for name, part, rank, size, header, start, end in zip(
             plan.layout.names,
@@ -255,7 +270,10 @@ def _file_entries(
 
 
 def _part_summaries(
-    plan: GlobalPlan, files: Sequence[FileEntry], late_values: Mapping[str, tuple[Any, Any]]
+    plan: GlobalPlan,
+    files: Sequence[FileEntry],
+    late_values: Mapping[str, tuple[Any, Any]],
+    algorithm: DigestAlgorithm,
 ) -> dict[str, PartSummary]:
     num_values = Counter(plan.num_values) + Counter(part_of(p) for p, _ in late_values.values())
     names = {entry.part for entry in plan.tensors} | set(num_values)
@@ -266,23 +284,23 @@ def _part_summaries(
             num_tensors=sum(t.part == part and t.codec == "raw" for t in plan.tensors),
             num_leaves=num_values[part],
             num_bytes=sum(file.size for file in own),
-            digest=digest_hex("".join(file.digest for file in own).encode()),
+            digest=digest_hex("".join(file.digest for file in own).encode(), algorithm),
         )
     return summaries
 
 
-def _reference(key: str, data: bytes) -> DocumentRef:
-    return DocumentRef(key=key, size=len(data), digest=digest_hex(data))
+def _reference(key: str, data: bytes, algorithm: DigestAlgorithm) -> DocumentRef:
+    return DocumentRef(key=key, size=len(data), digest=digest_hex(data, algorithm))
 
 
-def _index_reference(data: bytes) -> IndexRef:
+def _index_reference(data: bytes, algorithm: DigestAlgorithm) -> IndexRef:
     block_size = max(choose_block_size(len(data)), 1 << 20)
     view = memoryview(data)
     blocks = [view[start : start + block_size] for start in range(0, len(data), block_size)]
     return IndexRef(
         key=INDEX_NAME,
         size=len(data),
-        digest=digest_hex(data),
+        digest=digest_hex(data, algorithm),
         block_size=block_size,
-        block_digests=tuple(digest_bytes([block]).hex() for block in blocks),
+        block_digests=tuple(digest_bytes([block], algorithm).hex() for block in blocks),
     )

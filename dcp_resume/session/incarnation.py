@@ -11,6 +11,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from dcp_resume.errors import ConfigurationError
+from dcp_resume.manifest.signing import UNSIGNED, Signing
 from dcp_resume.session.attempt import Run
 from dcp_resume.session.commit import choose_newest
 from dcp_resume.session.ownership import own_run
@@ -30,7 +32,8 @@ class Incarnation:
     store: ObjectStore
     log: RunLog
     pool: BufferPool = field(default_factory=BufferPool)
-    storage_options: Mapping[str, Any] = field(default_factory=dict)
+    storage_options: Mapping[str, Any] = field(default_factory=dict, repr=False)
+    signing: Signing = UNSIGNED
     loaded_seq: int | None = None
     """Log number of the commit that this process loaded last: what its saves descend from."""
     run: Run | None = None
@@ -70,18 +73,33 @@ _incarnations: dict[str, Incarnation] = {}
 _lock = threading.Lock()
 
 
-def incarnation_of(url: str, storage_options: Mapping[str, Any]) -> Incarnation:
+def incarnation_of(
+    url: str,
+    storage_options: Mapping[str, Any],
+    signing: Signing = UNSIGNED,
+) -> Incarnation:
     """The incarnation of this process in the run at ``url``.
 
     Until it owns the run, other options (credentials that work, after some that did not) replace
-    its store.
+    its store and its log.
+
+    Raises:
+        ConfigurationError: It owns the run, and signs or trusts otherwise.
     """
     with _lock:
         known = _incarnations.get(url)
-        if known is not None and (known.run or known.storage_options == storage_options):
-            return known
+        if known is not None and known.signing == signing:
+            if known.run or known.storage_options == storage_options:
+                return known
+        elif known is not None and known.run:
+            raise ConfigurationError(
+                f"this process writes to {url} already, with another signing. Give every Writer "
+                "and Reader of a run the same",
+                option="signing",
+            )
         store = open_store(url, storage_options=storage_options)
-        found = Incarnation(store, RunLog(store), storage_options=dict(storage_options))
+        log = RunLog(store, signing=signing)
+        found = Incarnation(store, log, storage_options=dict(storage_options), signing=signing)
         if known is not None:
             found.loaded_seq = known.loaded_seq
             known.store.close()

@@ -34,6 +34,7 @@ from dcp_resume.format.leaves import decode_leaf
 from dcp_resume.manifest.history import CommitEntry
 from dcp_resume.manifest.models import DocumentRef
 from dcp_resume.manifest.report import ReportItem, Severity, overridden
+from dcp_resume.manifest.signing import ANYONE, Trust
 from dcp_resume.planning.state import LocalState
 from dcp_resume.problems import summarise
 from dcp_resume.session.compare import LoadReport, Strictness, compare_state
@@ -87,8 +88,8 @@ class Located:
     @classmethod
     def of(cls, entry: CommitEntry) -> Located:
         """The place that a commit record names."""
-        key = entry.record.manifest.key
-        return cls(entry.seq, key[: key.rindex("/") + 1], entry.record.manifest)
+        directory, slash, _ = entry.record.manifest.key.rpartition("/")
+        return cls(entry.seq, directory + slash, entry.record.manifest)
 
     def to_bytes(self) -> bytes:
         """Serialise for another rank."""
@@ -138,9 +139,15 @@ class LoadSession:
     """One load of one located checkpoint on one rank."""
 
     def __init__(
-        self, store: ObjectStore, votes: Votes, located: Located, options: LoadOptions
+        self,
+        store: ObjectStore,
+        votes: Votes,
+        located: Located,
+        options: LoadOptions,
+        trust: Trust = ANYONE,
     ) -> None:
         self._store = store
+        self._trust = trust
         self._votes = votes
         self._located = located
         self.options = options
@@ -181,7 +188,11 @@ class LoadSession:
         def work() -> bytes:
             try:
                 opened = open_checkpoint(
-                    self._store, located.prefix, located.manifest, is_listed=False
+                    self._store,
+                    located.prefix,
+                    located.manifest,
+                    trust=self._trust,
+                    is_listed=False,
                 )
                 if votes.rank == 0:
                     check_files(self._store, opened)

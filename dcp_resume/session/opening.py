@@ -20,14 +20,21 @@ from dcp_resume.errors import (
     MissingAncestors,
     Problem,
     ShortRead,
+    Untrusted,
 )
 from dcp_resume.format.chunk_index import ChunkIndex
-from dcp_resume.format.digests import FileBlocks, check_digest, digest_bytes
+from dcp_resume.format.digests import (
+    DigestAlgorithm,
+    FileBlocks,
+    check_digest,
+    digest_bytes,
+)
 from dcp_resume.format.dtypes import ITEMSIZES
 from dcp_resume.format.index_check import check_index
-from dcp_resume.manifest.checks import checkpoint_problems
-from dcp_resume.manifest.keys import MANIFEST_NAME
+from dcp_resume.manifest.checks import catalog_problems, manifest_problems
+from dcp_resume.manifest.keys import MANIFEST_NAME, MAX_KEY_BYTES, is_relative_key
 from dcp_resume.manifest.models import Catalog, DocumentRef, Manifest, TensorEntry
+from dcp_resume.manifest.signing import ANYONE, Trust
 from dcp_resume.manifest.wire import MAX_MANIFEST_BYTES, decode_catalog, decode_manifest
 from dcp_resume.problems import summarise
 from dcp_resume.storage import ObjectStore
@@ -92,7 +99,8 @@ class OpenedCheckpoint:
     def block_digests(self, file: int, block: int, data: memoryview) -> tuple[bytes, bytes]:
         """The digest that the bytes of a block have, and the one they must have."""
         expected = self.index.block_digest[int(self.blocks.first[file]) + block]
-        return digest_bytes([data]), expected.tobytes()
+        algorithm = DigestAlgorithm(self.manifest.digest.algorithm)
+        return digest_bytes([data], algorithm), expected.tobytes()
 
     def fqns_in_block(self, file: int, block: int) -> list[str]:
         """Tensors with bytes in a block; none for a block of the header."""
@@ -107,7 +115,12 @@ class OpenedCheckpoint:
 
 
 def open_checkpoint(
-    store: ObjectStore, prefix: str, reference: DocumentRef | None, *, is_listed: bool = True
+    store: ObjectStore,
+    prefix: str,
+    reference: DocumentRef | None,
+    *,
+    trust: Trust = ANYONE,
+    is_listed: bool = True,
 ) -> OpenedCheckpoint:
     """Read and prove the documents of one checkpoint.
 
@@ -116,24 +129,22 @@ def open_checkpoint(
         prefix: Of the manifest's directory; empty where the store's root is that directory.
         reference: What the commit record says of the manifest; None to open a directory that was
             copied without its log, whose manifest then vouches for itself.
+        trust: Whose manifest is believed.
         is_listed: Whether to prove by one listing that every data file is there at its size.
 
     Raises:
         InvalidCheckpoint: A document is missing, damaged or contradicts another; ``problems`` lists
             every fault found.
+        Untrusted: The manifest is not signed by whom the policy trusts, or rests on weak digests.
         UnsupportedFormat: Written by a newer format.
         StorageError: The store failed.
     """
-    manifest_key = reference.key if reference else prefix + MANIFEST_NAME
-    data = _read(store, manifest_key, reference.size if reference else MAX_MANIFEST_BYTES)
-    if reference:
-        check_digest(data, reference.digest, manifest_key)
-    manifest = decode_manifest(data, manifest_key)
+    manifest = _read_manifest(store, prefix, reference, trust)
     catalog_key = prefix + manifest.catalog.key
     catalog_bytes = _read(store, catalog_key, manifest.catalog.size)
     check_digest(catalog_bytes, manifest.catalog.digest, catalog_key)
     catalog = decode_catalog(catalog_bytes, catalog_key)
-    _refuse(prefix, checkpoint_problems(manifest, catalog, ITEMSIZES))
+    _refuse(prefix, list(catalog_problems(manifest, catalog, ITEMSIZES)))
     index_key = prefix + manifest.chunk_index.key
     index_bytes = _read(store, index_key, manifest.chunk_index.size)
     check_digest(index_bytes, manifest.chunk_index.digest, index_key)
@@ -143,6 +154,32 @@ def open_checkpoint(
     if is_listed:
         check_files(store, opened)
     return opened
+
+
+def _read_manifest(
+    store: ObjectStore, prefix: str, reference: DocumentRef | None, trust: Trust
+) -> Manifest:
+    """Read the manifest, and prove all that it says by itself before anything is read by it."""
+    key = reference.key if reference else prefix + MANIFEST_NAME
+    if reference and not is_relative_key(key):
+        message = "the commit record names a manifest outside of the run"
+        _refuse(key, [Problem(key[:MAX_KEY_BYTES], "path_escape", message)])
+    size = reference.size if reference else MAX_MANIFEST_BYTES
+    data = _read(store, key, min(size, MAX_MANIFEST_BYTES))
+    if reference:
+        check_digest(data, reference.digest, key)
+    trust.check(data, MANIFEST_NAME, key)
+    manifest = decode_manifest(data, key)
+    if trust.is_strict and manifest.digest.algorithm != DigestAlgorithm.SHA256.value:
+        message = f"it is signed, but rests on {manifest.digest.algorithm}, which can be forged"
+        problem = Problem(key, "weak_digest", message)
+        raise Untrusted(f"cannot trust {problem}; save it again", problems=(problem,))
+    problems = list(manifest_problems(manifest))
+    if prefix not in ("", f"step-{manifest.step:08d}/{manifest.attempt}/"):
+        message = f"it is of step {manifest.step}, attempt {manifest.attempt!r:.40}"
+        problems.append(Problem(key, "place", message))
+    _refuse(prefix, problems)
+    return manifest
 
 
 def _read(store: ObjectStore, key: str, size: int) -> bytes:

@@ -12,6 +12,7 @@ from collections.abc import Collection, Sequence
 
 from dcp_resume.errors import DamageDisputed, InvalidCheckpoint, PartialLoad
 from dcp_resume.events import CheckpointSkipped, emit
+from dcp_resume.manifest.signing import Trust
 from dcp_resume.problems import summarise
 from dcp_resume.session.load import Located
 from dcp_resume.session.marks import quarantine
@@ -47,13 +48,14 @@ def give_up(
         RankSilent: A rank did not answer by the deadline.
         StorageError: The store failed, and nothing was marked.
     """
+    trust = log.signing.trust
     step = log.history.commits[located.seq].step
     suspects = {problem.where for problem in damage.problems}
 
     def look() -> bytes:
         if votes.rank not in (0, votes.world_size - 1):
             return _UNSEEN
-        return _WHOLE if _is_whole(store, votes, located, suspects) else _DAMAGED
+        return _WHOLE if _is_whole(store, trust, votes, located, suspects) else _DAMAGED
 
     def decide(ballots: Sequence[bytes]) -> list[bytes]:
         ranks = tuple(rank for rank, ballot in enumerate(ballots) if ballot == _WHOLE)
@@ -67,11 +69,11 @@ def give_up(
 
 
 def _is_whole(
-    store: ObjectStore, votes: Votes, located: Located, suspects: Collection[str]
+    store: ObjectStore, trust: Trust, votes: Votes, located: Located, suspects: Collection[str]
 ) -> bool:
     """Whether documents, sizes, and every byte of the files that are named are right here."""
     try:
-        opened = open_checkpoint(store, located.prefix, located.manifest)
+        opened = open_checkpoint(store, located.prefix, located.manifest, trust=trust)
         read_values(store, opened, rank=votes.rank, world_size=votes.world_size)
     except InvalidCheckpoint:
         return False

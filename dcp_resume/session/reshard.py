@@ -27,7 +27,7 @@ from dcp_resume.errors import (
     Problem,
     StorageError,
 )
-from dcp_resume.format.digests import choose_block_size
+from dcp_resume.format.digests import DigestAlgorithm, choose_block_size
 from dcp_resume.format.dtypes import ITEMSIZES
 from dcp_resume.manifest.boxes import Box
 from dcp_resume.manifest.history import RunHistory
@@ -39,6 +39,7 @@ from dcp_resume.manifest.keys import (
     new_attempt_id,
 )
 from dcp_resume.manifest.models import Manifest
+from dcp_resume.manifest.signing import ANYONE, UNSIGNED, Signing, Trust
 from dcp_resume.planning.layout_rules import LayoutRules, TargetMesh
 from dcp_resume.planning.layouts import Kept, StoredState, TargetLayout, plan_layout
 from dcp_resume.planning.plans import unpad_box
@@ -76,6 +77,10 @@ class ReshardOptions:
     """Bytes in transit; readers, and an upload to S3, need some more beside them."""
     progress: Callable[[int, int], None] = lambda done, total: None
     """Called with bytes written and bytes in all."""
+    trust: Trust = ANYONE
+    """Whose checkpoint is read."""
+    signing: Signing = UNSIGNED
+    """How the new one is signed, and whose log records at the target are believed."""
 
     def __post_init__(self) -> None:
         if self.window_bytes < MIN_WINDOW_BYTES:
@@ -125,11 +130,11 @@ def reshard(
         StorageError: A store failed; nothing was committed.
     """
     started = time.monotonic()
-    opened = open_checkpoint(source, located.prefix, located.manifest)
+    opened = open_checkpoint(source, located.prefix, located.manifest, trust=options.trust)
     layout = plan_layout(_stored_state(opened), mesh, options.rules)
     if options.is_strict:
         _refuse_leftovers(layout)
-    log = RunLog(target)
+    log = RunLog(target, signing=options.signing)
     log.refresh()
     check_exclusive_create(target, f"probe/{new_attempt_id()}/")
     written = _Written(opened.manifest, target, layout)
@@ -242,6 +247,7 @@ class _Written:
         streamer = FileStreamer(source, opened, window_bytes=window_bytes, progress=advance)
         self._target.prepare(self.prefix)
         layout, tensors = self._layout.plan.layout, self._layout.plan.tensors
+        algorithm = DigestAlgorithm(options.signing.digest_algorithm)
         reports = [
             streamer.write(
                 layout,
@@ -250,6 +256,7 @@ class _Written:
                 self._target,
                 self.prefix + name,
                 self._block_size,
+                algorithm,
                 self._tensor_digests,
             )
             for file, name in enumerate(layout.names)

@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from functools import partial
 
 from dcp_resume.errors import (
     InvalidDocument,
@@ -28,6 +29,7 @@ from dcp_resume.errors import (
 from dcp_resume.manifest.history import RunHistory
 from dcp_resume.manifest.keys import LOG_PREFIX, log_key, parse_log_key
 from dcp_resume.manifest.records import CommitRecord, LogRecord, OpenRecord
+from dcp_resume.manifest.signing import UNSIGNED, Signing
 from dcp_resume.manifest.wire import MAX_RECORD_BYTES, decode_record, encode
 from dcp_resume.storage.object_store import ObjectStore
 
@@ -66,6 +68,7 @@ class RunLog:
     Args:
         store: Root of the run.
         run: UUID that the log must belong to; None to accept whichever run is found.
+        signing: How records are signed, and whose are believed.
         deadline_s: How long an append repeats a create whose answer was lost.
         clock: Monotonic seconds, for the deadline.
         sleep: Waits between repetitions.
@@ -77,6 +80,7 @@ class RunLog:
         store: ObjectStore,
         *,
         run: str | None = None,
+        signing: Signing = UNSIGNED,
         deadline_s: float = 120.0,
         clock: Callable[[], float] = time.monotonic,
         sleep: Callable[[float], None] = time.sleep,
@@ -85,6 +89,8 @@ class RunLog:
         self._store = store
         self._expected_run = run
         self._new_run = run or str(uuid.uuid4())
+        self.signing = signing
+        """How everything in the run is signed, and whose documents are believed."""
         self._deadline_s = deadline_s
         self._clock = clock
         self._sleep = sleep
@@ -128,6 +134,7 @@ class RunLog:
         Raises:
             InvalidDocument: A record is malformed, missing or contradicts the log.
             UnsupportedFormat: A newer version wrote a record.
+            Untrusted: A record is not signed by whom the policy trusts.
             RunMismatch: The log belongs to another run.
             StorageError: The store failed.
         """
@@ -160,6 +167,7 @@ class RunLog:
                 one), could not be learned in time. Nothing else is appended until it is.
             InvalidDocument: A record met on the way is malformed.
             UnsupportedFormat: A newer version wrote a record.
+            Untrusted: A record met on the way, or our own, is not signed by whom the policy trusts.
             RunMismatch: The log belongs to another run.
             StorageError: The store failed, and the record is certainly not in the log.
         """
@@ -168,7 +176,9 @@ class RunLog:
             while True:
                 check(self._history)
                 seq, record = self.last_seq + 1, build(self._history)
-                found = self._put(_Pending(seq, record, encode(record)))
+                data = encode(record, partial(self.signing.sign, log_key(seq)))
+                self.signing.trust.check(data, log_key(seq), "our own record")
+                found = self._put(_Pending(seq, record, data))
                 if _is_same(found, record):
                     return Appended(seq, found, self._history)
 
@@ -192,7 +202,7 @@ class RunLog:
         self._pending = None
         record = pending.record
         if data != pending.data:
-            record = decode_record(data, log_key(pending.seq))
+            record = self._decode(pending.seq, data)
         self._fold([(pending.seq, record)])
         return record
 
@@ -235,7 +245,7 @@ class RunLog:
     def _read_batch(self, numbers: range) -> Iterable[LogRecord]:
         def record(seq: int) -> LogRecord:
             try:
-                return decode_record(self._read(seq), log_key(seq))
+                return self._decode(seq, self._read(seq))
             except KeyNotFound as error:
                 raise _gap(seq) from error
 
@@ -253,7 +263,12 @@ class RunLog:
                 data = self._read(seq)
             except KeyNotFound:
                 return
-            self._fold([(seq, decode_record(data, log_key(seq)))])
+            self._fold([(seq, self._decode(seq, data))])
+
+    def _decode(self, seq: int, data: bytes) -> LogRecord:
+        key = log_key(seq)
+        self.signing.trust.check(data, key, key)
+        return decode_record(data, key)
 
     def _read(self, seq: int) -> bytes:
         key = log_key(seq)

@@ -200,7 +200,12 @@ class SaveSession:
         started, num_bytes = time.monotonic(), self.num_bytes
         order = self._order
         report = write_rank(
-            self._staged, self._run.store, order.prefix, order.block_size, order.tensor_digests
+            self._staged,
+            self._run.store,
+            order.prefix,
+            order.block_size,
+            order.algorithm,
+            order.tensor_digests,
         )
         self._finish_phase("write", started, num_bytes)
         return report.to_bytes()

@@ -11,6 +11,7 @@ from dcp_resume.errors import CorruptData
 from dcp_resume.format.leaves import unpack_leaves
 from dcp_resume.manifest.boxes import Box
 from dcp_resume.manifest.models import TensorEntry
+from dcp_resume.manifest.signing import ANYONE, Trust
 from dcp_resume.planning.plans import PER_RANK_LEAVES, SHARED_LEAVES, unpad_box
 from dcp_resume.planning.ties import Ties
 from dcp_resume.problems import summarise
@@ -127,13 +128,14 @@ class Side:
             )
 
 
-def open_side(store: ObjectStore, request: Request) -> Side:
+def open_side(store: ObjectStore, request: Request, trust: Trust = ANYONE) -> Side:
     """Find and open one of the checkpoints to compare.
 
     Raises:
         CheckpointNotFound: None answers the request.
-        InvalidCheckpoint: Its documents or its files are damaged.
+        InvalidCheckpoint: Its documents or its files are damaged, or not signed by whom the
+            policy trusts.
         StorageError: The store failed.
     """
-    (located,) = find_checkpoints(store, request)
-    return Side(store, open_checkpoint(store, located.prefix, located.manifest))
+    (located,) = find_checkpoints(store, request, trust)
+    return Side(store, open_checkpoint(store, located.prefix, located.manifest, trust=trust))

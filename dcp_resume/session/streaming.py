@@ -13,7 +13,7 @@ import numpy as np
 
 from dcp_resume.errors import CorruptData
 from dcp_resume.format.data_file import ChunkHeader, header_bytes
-from dcp_resume.format.digests import block_bounds
+from dcp_resume.format.digests import DigestAlgorithm, block_bounds
 from dcp_resume.format.dtypes import ITEMSIZES
 from dcp_resume.format.position_digest import PositionDigest
 from dcp_resume.format.streamed_digests import StreamedDigests
@@ -83,6 +83,7 @@ class FileStreamer:
         target: ObjectStore,
         key: str,
         block_size: int,
+        algorithm: DigestAlgorithm,
         tensor_digests: TensorDigests,
     ) -> RankReport:
         """Write one file.
@@ -94,6 +95,7 @@ class FileStreamer:
             target: Store to write to.
             key: Key of the file.
             block_size: Bytes of a digest block.
+            algorithm: Of the new checkpoint's digests.
             tensor_digests: Whether to report what each chunk adds to its tensor's digest.
 
         Raises:
@@ -104,7 +106,7 @@ class FileStreamer:
         header = header_bytes([chunk.line for chunk in chunks])
         lengths = [chunk.line.num_bytes for chunk in chunks]
         bounds = block_bounds(len(header), np.asarray(lengths, np.int64), block_size)
-        digests = StreamedDigests(bounds)
+        digests = StreamedDigests(bounds, algorithm)
         sums = [PositionDigest()] * len(chunks) if tensor_digests is TensorDigests.RECORD else []
         buffers = self._buffers(header, chunks, digests, sums)
         self._failure = None

@@ -23,6 +23,7 @@ import numpy as np
 from dcp_resume.errors import InvalidCheckpoint, KeyNotFound, Problem, ShortRead
 from dcp_resume.format.chunk_index import UNUSED
 from dcp_resume.format.data_file import ChunkHeader, parse_header
+from dcp_resume.manifest.signing import ANYONE, Trust
 from dcp_resume.planning.plans import unpad_box
 from dcp_resume.session.load import Located
 from dcp_resume.session.opening import OpenedCheckpoint, check_files, open_checkpoint
@@ -69,6 +70,7 @@ def verify_checkpoint(
     store: ObjectStore,
     located: Located,
     *,
+    trust: Trust = ANYONE,
     num_readers: int = NUM_READERS,
     prove: Prove = Prove.BLOCKS,
     progress: Progress = lambda done, total: None,
@@ -80,7 +82,9 @@ def verify_checkpoint(
     """
     started = time.monotonic()
     try:
-        opened = open_checkpoint(store, located.prefix, located.manifest, is_listed=False)
+        opened = open_checkpoint(
+            store, located.prefix, located.manifest, trust=trust, is_listed=False
+        )
     except InvalidCheckpoint as error:
         problems = error.problems or (Problem(located.prefix, "document", str(error)),)
         duration_s = time.monotonic() - started

@@ -12,7 +12,7 @@ import torch
 
 from dcp_resume.format.columns import pack_columns, unpack_columns
 from dcp_resume.format.data_file import ChunkHeader, header_bytes
-from dcp_resume.format.digests import DIGEST_BYTES, block_bounds, digest_blocks
+from dcp_resume.format.digests import DIGEST_BYTES, DigestAlgorithm, block_bounds, digest_blocks
 from dcp_resume.format.dtypes import ITEMSIZES
 from dcp_resume.format.position_digest import PositionDigest
 from dcp_resume.manifest.boxes import Box
@@ -218,6 +218,7 @@ def write_rank(
     store: ObjectStore,
     prefix: str,
     block_size: int,
+    algorithm: DigestAlgorithm = DigestAlgorithm.XXH3,
     tensor_digests: TensorDigests = TensorDigests.OMIT,
 ) -> RankReport:
     """Write a rank's data files, and give their buffers back.
@@ -232,7 +233,7 @@ def write_rank(
     ):
         bounds = block_bounds(len(header), np.asarray(file.lengths, np.int64), block_size)
         buffers = [memoryview(header), *file.buffers]
-        digest = digest_blocks(bounds, buffers)
+        digest = digest_blocks(bounds, buffers, algorithm)
         sums: list[PositionDigest] = []
         if tensor_digests is TensorDigests.RECORD:
             sums = [c.digest(data) for c, data in zip(chunks, file.chunks(), strict=True)]

@@ -129,6 +129,7 @@ def open_s3(storage_options: Mapping[str, Any]) -> S3Calls:
     Raises:
         ConfigurationError: The options contradict each other.
     """
+    _refuse_endpoint_credentials(storage_options)
     options = dict(storage_options)
     options["config_kwargs"] = _config(options.get("config_kwargs", {}))
     try:
@@ -140,6 +141,22 @@ def open_s3(storage_options: Mapping[str, Any]) -> S3Calls:
         ) from error
     filesystem.retries = 1  # s3fs counts tries, not repetitions
     return cast("S3Calls", filesystem._call_s3)
+
+
+def _refuse_endpoint_credentials(storage_options: Mapping[str, Any]) -> None:
+    """Refuse secrets in the endpoint: botocore's errors, and so our causes, show it whole."""
+    endpoints = {
+        "endpoint_url": storage_options.get("endpoint_url"),
+        "client_kwargs": (storage_options.get("client_kwargs") or {}).get("endpoint_url"),
+        **{name: os.environ.get(name) for name in ("AWS_ENDPOINT_URL", "AWS_ENDPOINT_URL_S3")},
+    }
+    for name, endpoint in endpoints.items():
+        if "@" in (endpoint or ""):
+            raise ConfigurationError(
+                f"{name} holds credentials, or another '@'; expected http(s)://host:port. Give "
+                "credentials in storage_options or in AWS_… variables.",
+                option=name,
+            )
 
 
 def _config(override: Mapping[str, Any]) -> dict[str, Any]:

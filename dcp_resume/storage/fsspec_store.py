@@ -35,7 +35,7 @@ class FsspecStore:
     """Objects under the path of an fsspec URL.
 
     Args:
-        url: ``scheme://…``, without credentials and not chained.
+        url: ``scheme://…``, not chained.
         storage_options: Options of the file system.
         retry: Policy for time-outs and lost connections.
 
@@ -45,11 +45,9 @@ class FsspecStore:
     """
 
     def __init__(self, url: str, *, storage_options: Mapping[str, Any], retry: RetryPolicy) -> None:
-        if "::" in url or "@" in url.partition("://")[2].partition("/")[0]:
+        if "::" in url:
             raise ConfigurationError(
-                "a storage URL must be scheme://path, without '::' chains and credentials; give"
-                " credentials in storage_options",
-                option="url",
+                "a storage URL must be scheme://path, without '::' chains", option="url"
             )
         self._url = url.rstrip("/")
         self._opened = PerProcess(lambda: open_filesystem(self._url, storage_options))

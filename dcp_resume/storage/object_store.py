@@ -16,7 +16,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
-__all__ = ["ByteRange", "ObjectInfo", "ObjectStore", "RangeRead", "check_size"]
+__all__ = ["ByteRange", "Finite", "ObjectInfo", "ObjectStore", "RangeRead", "check_size"]
 
 
 @dataclass(frozen=True, slots=True, order=True)
@@ -179,3 +179,15 @@ class ObjectStore(Protocol):
 
     def close(self) -> None:
         """Release connections; further calls raise ``StorageError``."""
+
+
+@runtime_checkable
+class Finite(Protocol):
+    """A store that knows how much it still takes; object stores do not."""
+
+    def free_bytes(self) -> int:
+        """Bytes that this process may still write; quotas of users are not seen.
+
+        Raises:
+            StorageError: The store failed.
+        """

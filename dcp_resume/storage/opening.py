@@ -38,9 +38,10 @@ def open_store(
         >>> store.size("step-00000001/x/data")
         3
     """
-    scheme, mark, _ = url.partition("://")
+    scheme, mark, rest = url.partition("://")
     if not mark or scheme == "file":
         return _open_directory(url, storage_options)
+    _refuse_credentials(scheme, rest)
     options = storage_options or {}
     if scheme in ("s3", "s3a"):
         from dcp_resume.storage.s3_store import S3Store
@@ -52,13 +53,24 @@ def open_store(
     return FsspecStore(url, storage_options=options, retry=retry)
 
 
+def _refuse_credentials(scheme: str, rest: str) -> None:
+    """Refuse a URL that may hold a secret, and show none of it: URLs are logged and recorded."""
+    host = rest.partition("/")[0]
+    # A secret may hold a slash, so that its end is no longer in the host.
+    is_login = "@" in host or (":" in host and "@" in rest)
+    if is_login or "?" in rest or "#" in rest:
+        raise ConfigurationError(
+            f"invalid store URL, which begins with {scheme}:// and is not shown; expected no "
+            "credentials and no query in it. Give them in storage_options or in the environment.",
+            option="url",
+        )
+
+
 def _split_bucket(url: str) -> tuple[str, str]:
     parts = urlsplit(url)
-    if not parts.netloc or "@" in parts.netloc or parts.query or parts.fragment:
-        shown = f"{parts.scheme}://{parts.netloc.rpartition('@')[2]}{parts.path}"
+    if not parts.netloc:
         raise ConfigurationError(
-            f"invalid store URL {shown!r}; expected s3://bucket or s3://bucket/prefix, with the "
-            "credentials in AWS_… variables or storage_options. Correct it.",
+            f"invalid store URL {url!r}; expected s3://bucket or s3://bucket/prefix. Correct it.",
             option="url",
         )
     return parts.netloc, parts.path.strip("/")

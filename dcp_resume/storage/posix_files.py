@@ -10,6 +10,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from operator import itemgetter
 
 __all__ = [
+    "first_link",
     "fsync_directory",
     "make_directories",
     "publish_exclusively",
@@ -88,6 +89,23 @@ def fsync_directory(path: str) -> None:
             raise
     finally:
         os.close(descriptor)
+
+
+def first_link(root: str, directory: str) -> str | None:
+    """The first part of a directory's path below ``root`` that is a symbolic link.
+
+    Raises:
+        OSError: As ``lstat`` says, other than that a part is missing.
+    """
+    path = root
+    for name in directory.split("/") if directory else ():
+        path = os.path.join(path, name)
+        try:
+            if stat.S_ISLNK(os.lstat(path).st_mode):
+                return path[len(root) + 1 :]
+        except (FileNotFoundError, NotADirectoryError):
+            return None
+    return None
 
 
 def make_directories(path: str) -> None:

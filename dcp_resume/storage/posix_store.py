@@ -2,10 +2,14 @@
 
 An object is a file; it is written under a temporary name in the same directory, synced, and only
 then given its own name. Keys cannot name a file and a directory at once (``a`` beside ``a/b``).
+
+The root may be a symbolic link. Below it none is followed: nothing is read, written or deleted
+through one, so that whoever can only write here cannot lead a process of more rights elsewhere.
 """
 
 from __future__ import annotations
 
+import errno
 import os
 import secrets
 import stat
@@ -17,6 +21,7 @@ from dcp_resume.errors import (
     ConfigurationError,
     KeyNotFound,
     OutcomeUnknown,
+    StorageDenied,
     StorageError,
     UnsupportedStore,
 )
@@ -133,13 +138,14 @@ class PosixStore:
         """See ``ObjectStore.delete``; directories that this empties go too."""
         checked = [check_key(key) for key in keys]
         self._remove(checked)
-        self._prune({os.path.dirname(self._path(key)) for key in checked})
+        self._prune({os.path.dirname(os.path.join(self._root, key)) for key in checked})
 
     def prepare(self, prefix: str) -> None:
         """See ``ObjectStore.prepare``; ``prefix`` is taken as a directory."""
         self._check_open()
         check_prefix(prefix)
         with self._errors("prepare", prefix):
+            self._refuse_links(prefix.rstrip("/"), prefix)
             _insist(lambda: posix_files.make_directories(self._directory(prefix)))
 
     def unfinished(self, prefix: str) -> Iterator[ObjectInfo]:
@@ -164,6 +170,16 @@ class PosixStore:
                 )
         self._remove(names)
 
+    def free_bytes(self) -> int:
+        """See ``Finite.free_bytes``; of the disk that the root is, or will be, on."""
+        self._check_open()
+        with self._errors("look up", ""):
+            directory = self._root
+            while not os.path.isdir(directory):
+                directory = os.path.dirname(directory)
+            status = os.statvfs(directory)
+        return status.f_bavail * status.f_frsize
+
     def close(self) -> None:
         """See ``ObjectStore.close``."""
         self._closed = True
@@ -176,7 +192,19 @@ class PosixStore:
 
     def _path(self, key: str) -> str:
         self._check_open()
-        return os.path.join(self._root, check_key(key))
+        check_key(key)
+        self._refuse_links(os.path.dirname(key), key)
+        return os.path.join(self._root, key)
+
+    def _refuse_links(self, directory: str, key: str) -> None:
+        link = posix_files.first_link(self._root, directory)
+        if link is not None:
+            raise StorageDenied(
+                f"{key!r} at {self.url} lies behind the symbolic link {link!r}, and none is"
+                " followed below the root. Put the directory itself there",
+                url=self.url,
+                key=key,
+            )
 
     def _directory(self, prefix: str) -> str:
         return os.path.join(self._root, prefix).rstrip("/") or "/"
@@ -254,7 +282,7 @@ class PosixStore:
 
     @contextmanager
     def _opened(self, key: str) -> Iterator[int]:
-        descriptor = os.open(self._path(key), os.O_RDONLY | os.O_CLOEXEC)
+        descriptor = self._open_file(key)
         try:
             if not stat.S_ISREG(os.fstat(descriptor).st_mode):
                 raise KeyNotFound(
@@ -263,6 +291,18 @@ class PosixStore:
             yield descriptor
         finally:
             os.close(descriptor)
+
+    def _open_file(self, key: str) -> int:
+        try:
+            return os.open(self._path(key), os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
+        except OSError as error:
+            if error.errno != errno.ELOOP:
+                raise
+            raise KeyNotFound(
+                f"{key!r} at {self.url} is a symbolic link, which is no object",
+                url=self.url,
+                key=key,
+            ) from error
 
     def _fill(self, key: str, descriptor: int, into: memoryview, offset: int) -> None:
         found = posix_files.read_range(descriptor, into, offset)
@@ -280,7 +320,10 @@ class PosixStore:
         self._check_open()
         for name in names:
             try:
+                self._refuse_links(os.path.dirname(name), name)
                 os.unlink(os.path.join(self._root, name))
+            except StorageDenied as error:
+                first = first or error
             except (FileNotFoundError, NotADirectoryError, IsADirectoryError):
                 continue  # no such object
             except OSError as error:

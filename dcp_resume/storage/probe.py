@@ -9,7 +9,7 @@ from threading import Barrier
 from dcp_resume.errors import KeyExists, UnsupportedStore
 from dcp_resume.storage.object_store import ObjectStore
 
-__all__ = ["check_exclusive_create"]
+__all__ = ["check_exclusive_create", "race_for_keys"]
 
 _RACERS = 8
 
@@ -27,16 +27,26 @@ def check_exclusive_create(store: ObjectStore, prefix: str) -> None:
     """
     base = prefix.rstrip("/") + "/" if prefix else ""
     name = f"{base}probe-{secrets.token_hex(8)}"
-    keys = [f"{name}-twice", f"{name}-race"]
     try:
-        winners = [_wins(store, keys[0], b"first"), _wins(store, keys[0], b"second")]
-        if winners != [True, False]:
-            raise _unsupported(store, keys[0], f"the second create succeeded: {winners}")
-        num_winners = _race(store, keys[1])
-        if num_winners != 1:
-            raise _unsupported(store, keys[1], f"{num_winners} of {_RACERS} racing creates won")
+        race_for_keys(store, name)
     finally:
-        store.delete(keys)
+        store.delete([f"{name}-twice", f"{name}-race"])
+
+
+def race_for_keys(store: ObjectStore, name: str) -> None:
+    """As ``check_exclusive_create``, under ``<name>-twice`` and ``<name>-race``, which stay.
+
+    Raises:
+        UnsupportedStore: A key was created more than once: two jobs could both commit.
+        StorageError: The store failed otherwise.
+    """
+    twice, race = f"{name}-twice", f"{name}-race"
+    winners = [_wins(store, twice, b"first"), _wins(store, twice, b"second")]
+    if winners != [True, False]:
+        raise _unsupported(store, twice, f"the second create succeeded: {winners}")
+    num_winners = _race(store, race)
+    if num_winners != 1:
+        raise _unsupported(store, race, f"{num_winners} of {_RACERS} racing creates won")
 
 
 def _wins(store: ObjectStore, key: str, data: bytes) -> bool:

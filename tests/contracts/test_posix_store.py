@@ -202,6 +202,47 @@ def test_links_out_of_the_root_are_not_listed(store, root, tmp_path):
     assert [info.key for info in store.list("")] == ["a"]
 
 
+def test_no_link_below_the_root_is_followed(store, root, tmp_path):
+    elsewhere = tmp_path / "elsewhere"
+    (elsewhere / "empty").mkdir(parents=True)
+    (elsewhere / "k").write_bytes(b"theirs")
+    store.write("a", [])
+    (root / "out").symlink_to(elsewhere)
+    (root / "file").symlink_to(elsewhere / "k")
+    (root / "deep").mkdir()
+    (root / "deep" / "out").symlink_to(elsewhere)
+    for key in ("out/k", "deep/out/k"):
+        for action in (
+            lambda key: store.read(key, max_bytes=9),
+            store.size,
+            lambda key: store.write(key, [memoryview(b"ours")]),
+            lambda key: store.create(key, b"ours"),
+            lambda key: store.create(f"{key}-new", b"ours"),
+            lambda key: store.prepare(key.removesuffix("k") + "new"),
+            lambda key: store.delete([key]),
+            lambda key: store.delete([key.removesuffix("k") + "empty/absent"]),
+        ):
+            with pytest.raises(StorageDenied, match="symbolic link"):
+                action(key)
+    with pytest.raises(KeyNotFound, match="symbolic link"):
+        store.read("file", max_bytes=9)
+    store.write("file", [memoryview(b"ours")])  # takes the link's place
+    assert (root / "file").read_bytes() == b"ours"
+    assert {p.name: p.is_file() and p.read_bytes() for p in elsewhere.iterdir()} == {
+        "k": b"theirs",
+        "empty": False,
+    }
+
+
+def test_the_root_itself_may_be_a_link(store, root, tmp_path):
+    store.write("d/k", [memoryview(b"x")])
+    (tmp_path / "link").symlink_to(root)
+    again = PosixStore(tmp_path / "link")
+    assert again.read("d/k", max_bytes=1) == b"x"
+    again.delete(["d/k"])
+    assert leftovers(root) == []
+
+
 def test_every_failing_delete_is_tried(store, root, monkeypatch):
     for key in ("a", "b", "c"):
         store.write(key, [])

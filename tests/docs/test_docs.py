@@ -227,10 +227,11 @@ def default_of(field: dataclasses.Field[Any]) -> str:
 
 
 @pytest.mark.parametrize(
-    "name", ["Settings", "PreemptionSettings", "LoadOptions", "Declarations", "RetryPolicy"]
+    "name",
+    ["Settings", "PreemptionSettings", "LoadOptions", "Declarations", "Signing", "RetryPolicy"],
 )
 def test_options_section(name):
-    fields = [f for f in dataclasses.fields(getattr(dcp_resume, name)) if f.repr]
+    fields = [f for f in dataclasses.fields(getattr(dcp_resume, name)) if f.compare]
     rows = rows_of(section_of(OPTIONS, name))
     assert list(rows) == [field.name for field in fields]
     for field in fields:

@@ -14,6 +14,7 @@ import torch
 from dcp_resume import CheckpointManager, SaveMode, Settings
 from dcp_resume.format.chunk_index import ChunkIndex
 from dcp_resume.format.digests import digest_bytes, digest_hex
+from dcp_resume.manifest.seals import seal
 
 __all__ = [
     "NEWER",
@@ -23,6 +24,8 @@ __all__ = [
     "changed_parts",
     "flip",
     "flips",
+    "little_memory",
+    "sealed",
     "small_files",
     "state_at",
 ]
@@ -50,14 +53,18 @@ def changed_parts(state: dict[str, Any], step: int) -> set[str]:
     return {f"{n}.w" for n in names if not torch.equal(state[n]["w"], expected[n]["w"])}
 
 
-class DamagedRun:
-    """A directory with checkpoints of step 10 and 20."""
+def _make_run(root: Path) -> None:
+    with CheckpointManager(root, Settings(mode=SaveMode.BLOCKING)) as checkpoints:
+        checkpoints.save(OLDER, state_at(OLDER))
+        checkpoints.save(NEWER, state_at(NEWER))
 
-    def __init__(self, root: Path) -> None:
+
+class DamagedRun:
+    """A directory with checkpoints of step 10 and 20, as ``make`` saves them."""
+
+    def __init__(self, root: Path, make: Callable[[Path], None] = _make_run) -> None:
         self.root = root
-        with CheckpointManager(root, Settings(mode=SaveMode.BLOCKING)) as checkpoints:
-            checkpoints.save(OLDER, state_at(OLDER))
-            checkpoints.save(NEWER, state_at(NEWER))
+        make(root)
 
     def attempt(self, step: int = NEWER) -> Path:
         """Directory of a checkpoint."""
@@ -80,10 +87,15 @@ class DamagedRun:
         path = self.attempt() / "manifest.json"
         document = json.loads(path.read_bytes())
         edit(document)
-        path.write_bytes(json.dumps(document).encode())
-        record = json.loads(self.commit_record().read_bytes())
-        record["manifest"] |= _reference(path)
-        self.commit_record().write_bytes(json.dumps(record).encode())
+        path.write_bytes(sealed(document))
+        self.edit_record(lambda record: record["manifest"].update(_reference(path)))
+
+    def edit_record(self, edit: Edit) -> None:
+        """Change the log record that commits the newer step, in place."""
+        path = self.commit_record()
+        record = json.loads(path.read_bytes())
+        edit(record)
+        path.write_bytes(sealed(record))
 
     def edit_catalog(self, edit: Edit) -> None:
         """Change the catalog's document, in place, with every digest right."""
@@ -104,6 +116,12 @@ class DamagedRun:
         path.write_bytes(data)
         reference = {**_reference(path), "block_digests": [digest_bytes([data]).hex()]}
         self.edit_manifest(lambda manifest: manifest["chunk_index"].update(reference))
+
+
+def sealed(document: dict[str, Any]) -> bytes:
+    """The bytes of a manifest or log record, with a checksum that fits."""
+    fields = {name: value for name, value in document.items() if name != "checksum"}
+    return seal(json.dumps(fields).encode() + b"\n")
 
 
 def flip(path: Path, position: int) -> None:
@@ -131,6 +149,18 @@ def small_files(num_bytes: int, *, is_on: bool = True) -> Iterator[None]:
         yield
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+@contextlib.contextmanager
+def little_memory(num_bytes: int = 1 << 30) -> Iterator[None]:
+    """The operating system gives this process no more than so many bytes above what it has."""
+    pages = int(Path("/proc/self/statm").read_text().split()[0])
+    soft, hard = resource.getrlimit(resource.RLIMIT_AS)
+    resource.setrlimit(resource.RLIMIT_AS, (pages * resource.getpagesize() + num_bytes, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_AS, (soft, hard))
 
 
 def _reference(path: Path) -> dict[str, Any]:

@@ -24,6 +24,7 @@ from typing import Any
 __all__ = ["S3Server"]
 
 _ACCESS_KEY, _SECRET_KEY = "test", "testtest"
+_JOB_KEY, _JOB_SECRET = "JOBKEYID", "job/secret+never-shown"  # as odd as Amazon's
 _REGION = "us-east-1"
 
 
@@ -68,16 +69,24 @@ class S3Server:
             "client_kwargs": {"region_name": _REGION},
         }
 
-    def client(self) -> Any:
+    @property
+    def job_options(self) -> dict[str, Any]:
+        """Options of a user without any right but what a bucket's policy grants."""
+        return {**self.storage_options, "key": _JOB_KEY, "secret": _JOB_SECRET}
+
+    def client(self, **options: Any) -> Any:
         """A boto3 client, which shares no code of ours."""
         import boto3
 
         return boto3.client(
             "s3",
-            endpoint_url=self.endpoint,
-            aws_access_key_id=_ACCESS_KEY,
-            aws_secret_access_key=_SECRET_KEY,
-            region_name=_REGION,
+            **{
+                "endpoint_url": self.endpoint,
+                "aws_access_key_id": _ACCESS_KEY,
+                "aws_secret_access_key": _SECRET_KEY,
+                "region_name": _REGION,
+                **options,
+            },
         )
 
     def make_bucket(self, name: str) -> None:
@@ -145,13 +154,19 @@ def _weed() -> str:
 
 
 def _arguments(directory: Path, port: int, *others: int) -> list[str]:
-    identity = {
-        "name": "test",
-        "credentials": [{"accessKey": _ACCESS_KEY, "secretKey": _SECRET_KEY}],
-        "actions": ["Admin", "Read", "Write", "List", "Tagging"],
-    }
+    identities = [
+        {
+            "name": name,
+            "credentials": [{"accessKey": key, "secretKey": secret}],
+            "actions": actions,
+        }
+        for name, key, secret, actions in (
+            ("test", _ACCESS_KEY, _SECRET_KEY, ["Admin", "Read", "Write", "List", "Tagging"]),
+            ("job", _JOB_KEY, _JOB_SECRET, []),
+        )
+    ]
     config = directory / "s3.json"
-    config.write_text(json.dumps({"identities": [identity]}))
+    config.write_text(json.dumps({"identities": identities}))
     # Servers that are not given a grpc port take their port + 10000, which may be in use.
     names = ["s3.port.grpc", "master.port", "master.port.grpc", "volume.port", "volume.port.grpc"]
     names += ["filer.port", "filer.port.grpc"]

@@ -172,6 +172,10 @@ def test_what_describes_a_tensor_fits_it(change, problem):
     assert with_tensors(change) == [(f"tensors[0].{problem[0]}", problem[1])]
 
 
+def test_facts_of_an_optimizer_are_named():
+    assert with_manifest(optimizer={"o": 1, "p": {}}) == [("optimizer.o", "facts")]
+
+
 def test_meshes():
     mesh = MANIFEST.topology.meshes[0]
     assert with_meshes(mesh, mesh) == [("topology.meshes", "duplicate")]

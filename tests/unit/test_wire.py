@@ -23,6 +23,7 @@ from dcp_resume.manifest.models import (
     TrainerFacts,
 )
 from dcp_resume.manifest.records import OpenRecord, PinRecord
+from dcp_resume.manifest.seals import seal
 
 DIGEST = "xxh3-128:" + "0" * 32
 
@@ -69,7 +70,7 @@ MANIFEST = Manifest(
         stages=((0, 1), (2,)),
     ),
     trainer=TrainerFacts(step=40, last_lr=(0.1,), metrics={"loss": math.nan}),
-    optimizer={"betas": (0.9, 0.999), "big": 2**60},
+    optimizer={"optim": {"betas": (0.9, 0.999), "big": 2**60}},
     software=Software(dcp_resume="0", torch="2", python="3"),
     leaves=(LeafEntry(fqn="epoch", path=("epoch",), value={"$tuple": [1]}),),
     parts={"model": PartSummary(num_tensors=1, num_leaves=0, num_bytes=64, digest=DIGEST)},
@@ -83,7 +84,10 @@ MANIFEST = Manifest(
 
 
 def changed(document=OPEN, **fields):
-    return json.dumps({**json.loads(wire.encode(document)), **fields}).encode()
+    whole = json.loads(wire.encode(document))
+    whole.pop("checksum", None)
+    data = json.dumps({**whole, **fields}).encode() + b"\n"
+    return data if document is CATALOG else seal(data)
 
 
 def problems(data, decode=wire.decode_record):
@@ -121,14 +125,14 @@ def test_keys_are_sorted_at_every_level():
     def check(pairs):
         assert [name for name, _ in pairs] == sorted(name for name, _ in pairs)
 
-    json.loads(wire.encode(MANIFEST), object_pairs_hook=check)
+    json.loads(wire.encode(MANIFEST).replace(b"checksum", b"~"), object_pairs_hook=check)
 
 
 def test_special_values_survive():
     found = wire.decode_manifest(wire.encode(MANIFEST), "doc")
     assert found.trainer.best_loss == math.inf
     assert math.isnan(found.trainer.metrics["loss"])
-    assert found.optimizer == {"betas": (0.9, 0.999), "big": 2**60}
+    assert found.optimizer == {"optim": {"betas": (0.9, 0.999), "big": 2**60}}
     assert found.topology.stages == ((0, 1), (2,))
 
 
@@ -164,6 +168,13 @@ def test_the_format_gate_names_everything_and_comes_before_the_fields():
     mark = {"name": "x", "major": 9, "requires": ["b", "a"]}
     with pytest.raises(UnsupportedFormat, match=r"(?s)'x'.*found 9.*'a'.*'b'"):
         wire.decode_record(json.dumps({"format": mark, "kind": 5}).encode(), "doc")
+
+
+@pytest.mark.parametrize("number", [10**400, {"$int": "9" * 400}, True, "inf", {"$float": "x"}])
+def test_what_is_no_float_is_refused(number):
+    trainer = {"step": 1, "last_lr": [number]}
+    found = problems(changed(MANIFEST, trainer=trainer), wire.decode_manifest)
+    assert found == [("doc:trainer.last_lr[0]", "value_error")]
 
 
 def test_a_newer_minor_version_is_read():
@@ -218,6 +229,30 @@ def test_a_records_fault_is_placed_by_its_field():
 )
 def test_what_is_not_strict_json(data):
     assert problems(data) == [("doc", "not_json")]
+
+
+@pytest.mark.parametrize(
+    ("document", "decode"),
+    [(OPEN, wire.decode_record), (MANIFEST, wire.decode_manifest)],
+    ids=["record", "manifest"],
+)
+def test_every_bit_of_a_record_or_manifest_is_proved(document, decode):
+    whole = wire.encode(document)
+    for position in range(8 * len(whole)):
+        data = bytearray(whole)
+        data[position // 8] ^= 1 << position % 8
+        problems(bytes(data), decode)
+
+
+def test_a_record_without_a_checksum_is_none():
+    data = wire.encode(OPEN)
+    assert problems(data[: data.rindex(b",\n")] + b"}\n") == [("doc", "checksum")]
+
+
+@pytest.mark.parametrize("name", ["checksum", "signature"])
+def test_fields_of_the_seal_are_not_written_twice(name):
+    with pytest.raises(InvalidDocument, match="by the seal alone"):
+        wire.encode(PinRecord(run="r", created="c", target=1, **{name: "x"}))
 
 
 def test_surrogate_pairs_are_text():
