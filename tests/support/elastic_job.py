@@ -107,19 +107,23 @@ def main(args: argparse.Namespace) -> None:
                     time.sleep(0.05)
 
     events.subscribe(hold)
-    began_s = time.monotonic()
-    for url in (args.try_first, args.url):
+    if args.try_first:
         try:
-            began_s = time.monotonic()
-            if url:
-                train(args, url, note, place)
+            train(args, args.try_first, note, place)
         except DcpResumeError as error:
-            ranks = getattr(error, "ranks", None)
-            note("error", kind=type(error).__name__, ranks=ranks, text=str(error), **place)
-            if url == args.url:
-                raise
-    note("finished", took_s=time.monotonic() - began_s, **place)
+            note("refused", **_facts(error), **place)
+    try:
+        train(args, args.url, note, place)
+    except DcpResumeError as error:
+        note("error", **_facts(error), **place)
+        raise
+    note("finished", **place)
     dist.destroy_process_group()
+
+
+def _facts(error: DcpResumeError) -> dict[str, Any]:
+    ranks = getattr(error, "ranks", None)
+    return {"kind": type(error).__name__, "ranks": ranks, "text": str(error)}
 
 
 def train(args: argparse.Namespace, url: str, note: Notes, place: dict[str, int]) -> None:

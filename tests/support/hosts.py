@@ -27,7 +27,8 @@ __all__ = ["Hosts", "why_no_hosts"]
 _PROGRAMS = ("ip", "unshare", "mount", "hostname")
 _BOOT = """\
 set -e
-hostname "$1"; mount --bind "$2" "$3"; mount --bind "$4" /etc/hosts; mount --bind "$5" /etc/resolv.conf
+hostname "$1"; mount --bind "$2" "$3"
+mount --bind "$4" /etc/hosts; mount --bind "$5" /etc/resolv.conf
 shift 5; exec "$@"
 """
 
