@@ -81,9 +81,13 @@ class Hosts:
         path = self._directory / f"{self.name(host)}.log"
         return path.read_text(errors="replace") if path.exists() else ""
 
+    def disk(self, host: int) -> Path:
+        """What the host sees as ``local_disk``."""
+        return self._directory / f"disk-{host}"
+
     def start(self, host: int, command: Sequence[str], env: Mapping[str, str]) -> None:
         """Power on, with one program to run."""
-        disk = self._disk(host)
+        disk = self.disk(host)
         disk.mkdir(exist_ok=True)
         self.mend(host)
         names = self._directory / "hosts"
@@ -130,7 +134,7 @@ class Hosts:
 
     def replace_disk(self, host: int) -> None:
         """Give a host that is off an empty disk."""
-        shutil.rmtree(self._disk(host), ignore_errors=True)
+        shutil.rmtree(self.disk(host), ignore_errors=True)
 
     def __enter__(self) -> Self:
         with contextlib.ExitStack() as stack:
@@ -159,9 +163,6 @@ class Hosts:
 
     def _net(self, host: int) -> str:
         return f"{self._name}-{host}"  # 0: the bridge
-
-    def _disk(self, host: int) -> Path:
-        return self._directory / f"disk-{host}"
 
     def _switch(self, *arguments: str) -> None:
         _run("ip", "-n", self._net(0), *arguments)
