@@ -9,7 +9,7 @@ export OMP_NUM_THREADS ?= 1
 
 .DEFAULT_GOAL := help
 .PHONY: help setup demo demo-s3 test test-ranks test-s3 test-ceph test-all lint check ci
-.PHONY: campaign campaign-bit-flips campaign-preemption fuzz docs-lint docker-lint
+.PHONY: campaign campaign-bit-flips campaign-hosts campaign-preemption fuzz docs-lint docker-lint
 
 help:  ## list the verbs
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / {printf "  make %-20s %s\n", $$1, $$2}' Makefile
@@ -49,6 +49,7 @@ campaign:  ## kill a job 1,000 times on disk and 200 on S3; tens of minutes
 campaign-preemption:  ## 20 torchrun jobs and 6 of Slurm's, preempted at random instants; 10 minutes
 	$(PY) -m tests.campaigns.preemption
 	$(PY) -m tests.campaigns.preemption_slurm
+
 campaign-bit-flips:  ## flip 10,000 random bits of a run, one at a time: each must be found
 	$(PY) -m tests.campaigns.bit_flips
 
@@ -56,6 +57,10 @@ fuzz:  ## fuzz what readers parse, guided by coverage; SECONDS=60 for each targe
 	$(PY) -m pip install -q -c constraints.txt --group fuzz
 	FUZZ_FACTOR=20 $(PYTEST) --timeout 3000 tests/fuzz
 	$(PY) -m tests.fuzz.guided --seconds $(or $(SECONDS),60)
+
+campaign-hosts:  ## cut off, kill and replace hosts of a torchrun job; needs root; 10 minutes
+	$(PY) -m tests.campaigns.hosts
+	$(PY) -m tests.campaigns.hosts --storage s3
 
 lint:  ## format, lint, types, layers
 	$(PY) -m ruff format --check .
