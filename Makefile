@@ -49,6 +49,7 @@ campaign:  ## kill a job 1,000 times on disk and 200 on S3; tens of minutes
 campaign-preemption:  ## 20 torchrun jobs and 6 of Slurm's, preempted at random instants; 10 minutes
 	$(PY) -m tests.campaigns.preemption
 	$(PY) -m tests.campaigns.preemption_slurm
+
 campaign-bit-flips:  ## flip 10,000 random bits of a run, one at a time: each must be found
 	$(PY) -m tests.campaigns.bit_flips
 
