@@ -9,7 +9,7 @@ export OMP_NUM_THREADS ?= 1
 
 .DEFAULT_GOAL := help
 .PHONY: help setup demo demo-s3 test test-ranks test-s3 test-ceph test-all lint check ci
-.PHONY: campaign campaign-bit-flips campaign-preemption fuzz docs-lint docker-lint
+.PHONY: campaign campaign-bit-flips campaign-hosts campaign-preemption fuzz docs-lint docker-lint
 
 help:  ## list the verbs
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / {printf "  make %-20s %s\n", $$1, $$2}' Makefile
@@ -57,6 +57,10 @@ fuzz:  ## fuzz what readers parse, guided by coverage; SECONDS=60 for each targe
 	$(PY) -m pip install -q -c constraints.txt --group fuzz
 	FUZZ_FACTOR=20 $(PYTEST) --timeout 3000 tests/fuzz
 	$(PY) -m tests.fuzz.guided --seconds $(or $(SECONDS),60)
+
+campaign-hosts:  ## cut off, kill and replace hosts of a torchrun job; needs root; 10 minutes
+	$(PY) -m tests.campaigns.hosts
+	$(PY) -m tests.campaigns.hosts --storage s3
 
 lint:  ## format, lint, types, layers
 	$(PY) -m ruff format --check .

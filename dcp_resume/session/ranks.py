@@ -5,18 +5,27 @@ from __future__ import annotations
 import secrets
 import weakref
 from collections.abc import Callable
-from datetime import timedelta
 from typing import Any, cast
 
 import torch
 import torch.distributed as dist
 
-from dcp_resume.session.votes import Deadline, LonelyVotes, StoreVotes, Votes, VoteStore
+from dcp_resume.session.bounded_store import BoundedStore, Requests
+from dcp_resume.session.votes import (
+    VERDICT_GRACE,
+    Deadline,
+    LonelyVotes,
+    StoreVotes,
+    Votes,
+    VoteStore,
+)
 
 __all__ = ["Ranks", "place_in_world"]
 
-_POLL_TIMEOUT_S = 30
-"""Every wait on the store is a short poll; this bounds a single request."""
+_REQUEST_S = 30.0
+"""Within which the store answers a vote to stop, which has no deadline before it begins."""
+_LAST_REQUEST_S = 5.0
+"""Within which it answers what is asked at the end of a session's deadline, or after it."""
 
 
 class Ranks:
@@ -34,9 +43,8 @@ class Ranks:
         self.rank, self.world_size = place_in_world()
         self._group = _default_group()
         if self.world_size > 1:
-            store = cast("Any", dist.distributed_c10d._get_default_store()).clone()
-            store.set_timeout(timedelta(seconds=_POLL_TIMEOUT_S))
-            self._store = store
+            self._store = cast("Any", dist.distributed_c10d._get_default_store()).clone()
+            self._requests = Requests()
             self._prefix = f"dcp_resume/{_shared_token()}"
 
     @property
@@ -52,13 +60,19 @@ class Ranks:
         if self._store is None:
             return LonelyVotes()
         self._counter += 1
-        return StoreVotes(
+        deadline = Deadline(deadline_s)
+        store = BoundedStore(
             self._store,
+            self._requests,
+            lambda: max(deadline.left_s(VERDICT_GRACE), _LAST_REQUEST_S),
+        )
+        return StoreVotes(
+            store,
             f"{self._prefix}/{self._counter}",
             rank=self.rank,
             world_size=self.world_size,
             step=step,
-            deadline=Deadline(deadline_s),
+            deadline=deadline,
         )
 
     def board(self) -> tuple[VoteStore, str]:
@@ -69,7 +83,8 @@ class Ranks:
         if self._store is None:
             return cast("Any", dist).HashStore(), "alone"
         self._counter += 1
-        return self._store, f"{self._prefix}/{self._counter}"
+        store = BoundedStore(self._store, self._requests, lambda: _REQUEST_S)
+        return store, f"{self._prefix}/{self._counter}"
 
 
 def place_in_world() -> tuple[int, int]:

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from tests.support.training import EXAMPLES
+TRAINER = Path(__file__).parents[2] / "examples" / "train.py"
 
 pytestmark = pytest.mark.torchrun
 
@@ -30,7 +30,7 @@ def prove(*words: str) -> tuple[int, dict[str, Any]]:
 def test_the_example_resumes_exactly_on_two_ranks(tmp_path):
     """With dropout, and an interval that keeps the stop in the straight leg too."""
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-    command = [*torchrun, "--nproc-per-node=2", str(EXAMPLES / "train.py"), *FLAGS.split()]
+    command = [*torchrun, "--nproc-per-node=2", str(TRAINER), *FLAGS.split()]
 
     code, proof = prove("--stop-at", "1", "--last", "2", "--scratch", str(tmp_path), "--", *command)
 

@@ -87,7 +87,7 @@ class FaultProxy:
         self.requests: list[tuple[str, str]] = []
         """Method and target of every request so far."""
         self.num_harmed = 0
-        """Requests that a rule matched so far."""
+        """Requests that a rule matched since the last ``heal``."""
         self.stalling = threading.Event()
         """Set once a request is being stalled."""
         self.ended = threading.Event()
@@ -111,9 +111,10 @@ class FaultProxy:
             self._rules.append(_Rule(method, part, fault, times))
 
     def heal(self) -> None:
-        """Do no more harm."""
+        """Do no more harm, and forget what was done."""
         with self._lock:
             self._rules.clear()
+            self.num_harmed = 0
 
     def take(self, method: str, target: str) -> Fault | None:
         """Record a request and use up a rule that matches it."""

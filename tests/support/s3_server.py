@@ -32,10 +32,12 @@ class S3Server:
     """One server process: started on entry, killed with its process group on exit.
 
     Args:
+        address: Of this machine, to listen at.
         start_timeout_s: How long it may take to answer.
     """
 
-    def __init__(self, *, start_timeout_s: float = 60.0) -> None:
+    def __init__(self, *, address: str = "127.0.0.1", start_timeout_s: float = 60.0) -> None:
+        self._address = address
         self._start_timeout_s = start_timeout_s
         self._exit = contextlib.ExitStack()
         self._process: subprocess.Popen[bytes] | None = None
@@ -106,7 +108,7 @@ class S3Server:
         """
         log = self._exit.enter_context((self._directory / "log").open("ab"))
         process = subprocess.Popen(
-            [_weed(), "server", *_arguments(self._directory, *self._ports)],
+            [_weed(), "server", *_arguments(self._directory, self._address, *self._ports)],
             stdout=log,
             stderr=subprocess.STDOUT,
             stdin=subprocess.DEVNULL,
@@ -115,7 +117,7 @@ class S3Server:
         )
         self._process = process
         deadline = time.monotonic() + self._start_timeout_s
-        while not answers(self._ports[0]):
+        while not answers(self._ports[0], self._address):
             if process.poll() is not None or time.monotonic() > deadline:
                 tail = (self._directory / "log").read_text(errors="replace")[-2000:]
                 raise RuntimeError(f"the S3 server on port {self._ports[0]} did not start:\n{tail}")
@@ -126,7 +128,7 @@ class S3Server:
             directory = Path(tempfile.mkdtemp(prefix="s3-server-"))
             self._exit.callback(shutil.rmtree, directory, ignore_errors=True)
             port = self._start(directory)
-            self.endpoint = f"http://127.0.0.1:{port}"
+            self.endpoint = f"http://{self._address}:{port}"
             self._exit = self._exit.pop_all()
         return self
 
@@ -153,7 +155,7 @@ def _weed() -> str:
     return found
 
 
-def _arguments(directory: Path, port: int, *others: int) -> list[str]:
+def _arguments(directory: Path, address: str, port: int, *others: int) -> list[str]:
     identities = [
         {
             "name": name,
@@ -171,8 +173,8 @@ def _arguments(directory: Path, port: int, *others: int) -> list[str]:
     names = ["s3.port.grpc", "master.port", "master.port.grpc", "volume.port", "volume.port.grpc"]
     names += ["filer.port", "filer.port.grpc"]
     return [
-        "-ip=127.0.0.1",
-        "-ip.bind=127.0.0.1",
+        f"-ip={address}",
+        f"-ip.bind={address}",
         f"-dir={directory}",
         "-master.telemetry=false",  # on by default, and leaves the machine
         "-master.volumeSizeLimitMB=64",
@@ -195,14 +197,14 @@ def free_ports(count: int) -> list[int]:
         return [one.getsockname()[1] for one in sockets]
 
 
-def answers(port: int) -> bool:
+def answers(port: int, address: str = "127.0.0.1") -> bool:
     """Whether a signed request is answered: the port opens before the credentials are loaded."""
     probe = S3Server()
-    probe.endpoint = f"http://127.0.0.1:{port}"
+    probe.endpoint = f"http://{address}:{port}"
     from botocore.exceptions import BotoCoreError, ClientError
 
     try:
-        with socket.create_connection(("127.0.0.1", port), timeout=1):
+        with socket.create_connection((address, port), timeout=1):
             pass
         probe.client().list_buckets()
     except (OSError, BotoCoreError, ClientError):
