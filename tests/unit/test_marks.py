@@ -14,6 +14,7 @@ from dcp_resume.errors import (
 )
 from dcp_resume.manifest.keys import log_key
 from dcp_resume.manifest.records import DropRecord
+from dcp_resume.manifest.seals import find_seal, seal
 from dcp_resume.session import commit as rules
 from dcp_resume.session import marks
 from dcp_resume.session.run_log import RunLog
@@ -80,8 +81,9 @@ def test_a_hostile_name_is_refused_by_readers(run):
     run.save(10)
     run.tag(10, "good")
     key = log_key(run.log.last_seq)
-    data = run.store.read(key, max_bytes=2**16).replace(b'"good"', b'"../x"')
-    run.store.write(key, [memoryview(data)])
+    found = find_seal(run.store.read(key, max_bytes=2**16))
+    hostile = seal(found.content.replace(b'"good"', b'"../x"'))
+    run.store.write(key, [memoryview(hostile)])
     with pytest.raises(InvalidDocument, match="name"):
         RunLog(run.store).refresh()
 

@@ -34,9 +34,9 @@ from dcp_resume.errors import (
 from dcp_resume.format.digests import DigestAlgorithm, digest_bytes, digest_hex, fold
 from dcp_resume.manifest.seals import find_seal, seal
 from dcp_resume.planning.layout_rules import TargetMesh
-from dcp_resume.session.commit import pin
 from dcp_resume.session.finding import find_checkpoints
 from dcp_resume.session.incarnation import forget_incarnations
+from dcp_resume.session.marks import pin
 from dcp_resume.session.opening import open_checkpoint
 from dcp_resume.session.reshard import ReshardOptions, reshard
 from dcp_resume.session.run_log import RunLog
