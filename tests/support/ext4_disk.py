@@ -12,6 +12,7 @@ import contextlib
 import enum
 import fcntl
 import os
+import secrets
 import shutil
 import struct
 import subprocess
@@ -84,7 +85,6 @@ class Ext4Disk:
     @contextlib.contextmanager
     def copied(self, directory: Path) -> Iterator[Ext4Disk]:
         """Another disk with the same content, in a new directory; this one must not be mounted."""
-        # The same file again would find the loop device of the last one, and its old cache.
         directory.mkdir()
         image = Path(shutil.copyfile(self.image, directory / "ext4.img"))
         with type(self)(image, directory / "disk") as disk:
@@ -100,18 +100,28 @@ class Ext4Disk:
             os.close(descriptor)
 
     def restart(self) -> None:
-        """Unmount, and mount again: the journal is replayed."""
+        """Mount what the disk holds, as a machine does when it starts: the journal is replayed.
+
+        The image is copied: a mount namespace of someone else may keep the old file system alive.
+        """
+        old = self.image
+        self.image = Path(shutil.copyfile(old, old.with_name(f"{secrets.token_hex(4)}.img")))
         self.unmount()
+        old.unlink()
         self._mount()
 
     @contextlib.contextmanager
     def hanging(self) -> Iterator[None]:
-        """Whoever writes hangs, and cannot even be killed, until the end of the context."""
-        _run("fsfreeze", "--freeze", str(self.root))
-        try:
+        """Whoever writes hangs, and cannot even be killed, until the end of the context.
+
+        It ends after a minute at most, and with this process: nothing else would end the hang.
+        """
+        thaw = ["sh", "-c", 'timeout 60 cat; fsfreeze --unfreeze "$0"', str(self.root)]
+        with subprocess.Popen(thaw, stdin=subprocess.PIPE) as thawer:
+            _run("fsfreeze", "--freeze", str(self.root))
             yield
-        finally:
-            subprocess.run(["fsfreeze", "--unfreeze", str(self.root)], check=True)
+        if thawer.returncode:
+            raise CannotMount(f"{self.root} hung for more than a minute")
 
     def unmount(self) -> None:
         """Unmount; nobody may have a file open on it."""
