@@ -8,7 +8,7 @@ PYTEST = $(PY) -m pytest -q
 export OMP_NUM_THREADS ?= 1
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo demo-s3 test test-ranks test-s3 test-ceph test-all campaign campaign-preemption lint check ci docs-lint docker-lint
+.PHONY: help setup demo demo-s3 test test-ranks test-s3 test-ceph test-all campaign campaign-preemption campaign-power-cut lint check ci docs-lint docker-lint
 
 help:  ## list the verbs
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / {printf "  make %-20s %s\n", $$1, $$2}' Makefile
@@ -48,6 +48,9 @@ campaign:  ## kill a job 1,000 times on disk and 200 on S3; tens of minutes
 campaign-preemption:  ## 20 torchrun jobs and 6 of Slurm's, preempted at random instants; 10 minutes
 	$(PY) -m tests.campaigns.preemption
 	$(PY) -m tests.campaigns.preemption_slurm
+
+campaign-power-cut:  ## cut the power of a job 200 times on a real ext4; needs root; 10 minutes
+	$(PY) -m tests.campaigns.power_cuts --cuts 200
 
 lint:  ## format, lint, types, layers
 	$(PY) -m ruff format --check .

@@ -100,7 +100,7 @@ def run_power_cuts(*, num_cuts: int, seed: int, tell: Callable[[str], None] = pr
         while (done := result.places.total()) < num_cuts:
             below = Path(directory, str(done))
             below.mkdir()
-            with in_memory(below) as memory, Ext4Disk.new(memory) as disk:
+            with in_memory(below, num_mib=1024) as memory, Ext4Disk.new(memory) as disk:
                 _cut_one_disk(disk, min(_CUTS_PER_DISK, num_cuts - done), rng, result)
             tell(f"{result.places.total()} cuts, {len(result.findings)} findings")
     result.duration_s = time.monotonic() - began_s

@@ -86,7 +86,8 @@ class Ext4Disk:
     def copied(self, directory: Path) -> Iterator[Ext4Disk]:
         """Another disk with the same content, in a new directory; this one must not be mounted."""
         directory.mkdir()
-        image = Path(shutil.copyfile(self.image, directory / "ext4.img"))
+        image = directory / "ext4.img"
+        _copy(self.image, image)
         with type(self)(image, directory / "disk") as disk:
             yield disk
         shutil.rmtree(directory)
@@ -105,7 +106,8 @@ class Ext4Disk:
         The image is copied: a mount namespace of someone else may keep the old file system alive.
         """
         old = self.image
-        self.image = Path(shutil.copyfile(old, old.with_name(f"{secrets.token_hex(4)}.img")))
+        self.image = old.with_name(f"{secrets.token_hex(4)}.img")
+        _copy(old, self.image)
         self.unmount()
         old.unlink()
         self._mount()
@@ -137,6 +139,10 @@ class Ext4Disk:
     def __exit__(self, *error: object) -> None:
         if self.root.is_mount():
             self.unmount()
+
+
+def _copy(image: Path, to: Path) -> None:
+    subprocess.run(["cp", "--sparse=always", str(image), str(to)], check=True)
 
 
 def _run(program: str, *arguments: str) -> None:
