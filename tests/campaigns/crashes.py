@@ -32,7 +32,7 @@ from tests.campaigns.kills import Census, Plan, draw_plan
 from tests.campaigns.supervisor import Place, Supervisor
 from tests.support.s3_server import S3Server
 
-__all__ = ["Campaign", "run_campaign"]
+__all__ = ["Campaign", "run_campaign", "take_census"]
 
 _STARTS_PER_RUN = 20
 _SERVER_SHARE = 0.25
@@ -119,7 +119,7 @@ def run_campaign(
             supervisor = Supervisor(place, deadline_s=deadline_s, limit_s=limit_s)
             if not census:
                 patient = Supervisor(place, deadline_s=limit_s / 2, limit_s=limit_s)
-                census, span_s = _census(patient)
+                census, span_s = take_census(patient)
             for _ in range(min(_STARTS_PER_RUN, num_kills - len(campaign.starts))):
                 share = _SERVER_SHARE if place.server else 0.0
                 plan = draw_plan(rng, census, span_s, server_share=share)
@@ -138,7 +138,7 @@ def run_campaign(
     return campaign
 
 
-def _census(supervisor: Supervisor) -> tuple[Census, float]:
+def take_census(supervisor: Supervisor) -> tuple[Census, float]:
     """Calls that each file of the library makes, and seconds that a start takes, undisturbed."""
     census: Counter[tuple[bool, str]] = Counter()
     busy_s = []
