@@ -112,16 +112,10 @@ def run_campaign(
     with contextlib.ExitStack() as stack:
         places = _Places(stack, storage)
         patient = Supervisor(places.new(), deadline_s=limit_s / 2, limit_s=limit_s)
-        census, span_s = _census(patient)
+        census, span_s = take_census(patient)
         while len(campaign.starts) < num_kills:
             place = places.new()
             supervisor = Supervisor(place, deadline_s=deadline_s, limit_s=limit_s)
-<<<<<<< HEAD
-            if not census:
-                patient = Supervisor(place, deadline_s=limit_s / 2, limit_s=limit_s)
-                census, span_s = take_census(patient)
-=======
->>>>>>> h-campaign
             for _ in range(min(_STARTS_PER_RUN, num_kills - len(campaign.starts))):
                 share = _SERVER_SHARE if place.server else 0.0
                 # Drawn apart, so that one draw more or less does not change all that follow.
