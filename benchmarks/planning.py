@@ -17,6 +17,7 @@ from pathlib import Path
 
 import numpy as np
 
+from dcp_resume.format.digests import DigestAlgorithm
 from dcp_resume.format.leaves import pack_leaves
 from dcp_resume.manifest.models import MeshEntry, TensorEntry, TrainerFacts
 from dcp_resume.planning.merge import GlobalPlan, merge
@@ -117,7 +118,14 @@ def plan_save(ranks: int, tensors: int) -> Planned:
         plan = merge(plans)
     with clock.phase("orders"):
         for rank in range(ranks):
-            RankOrder("a" * 12, 1, BLOCK_SIZE, TensorDigests.OMIT, plan.rank_plan(rank)).to_bytes()
+            RankOrder(
+                attempt="a" * 12,
+                step=1,
+                block_size=BLOCK_SIZE,
+                algorithm=DigestAlgorithm.XXH3,
+                tensor_digests=TensorDigests.OMIT,
+                plan=plan.rank_plan(rank),
+            ).to_bytes()
     reports_bytes = list(reported(plan, ranks))
     with clock.phase("documents"):
         reports = [RankReport.from_bytes(ballot) for ballot in reports_bytes]
