@@ -22,9 +22,10 @@ from dcp_resume import (
     TrainerState,
 )
 from dcp_resume.errors import DcpResumeError
-from dcp_resume.format.chunk_index import ChunkIndex, check_index
+from dcp_resume.format.chunk_index import ChunkIndex
 from dcp_resume.format.data_file import parse_header
 from dcp_resume.format.dtypes import ITEMSIZES
+from dcp_resume.format.index_check import check_index
 from dcp_resume.format.leaves import decode_leaf, unpack_leaves
 from dcp_resume.manifest.checks import catalog_problems, manifest_problems
 from dcp_resume.manifest.history import RunHistory
