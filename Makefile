@@ -9,7 +9,8 @@ export OMP_NUM_THREADS ?= 1
 
 .DEFAULT_GOAL := help
 .PHONY: help setup demo demo-s3 test test-ranks test-s3 test-ceph test-all lint check ci
-.PHONY: campaign campaign-bit-flips campaign-hosts campaign-preemption fuzz docs-lint docker-lint
+.PHONY: campaign campaign-bit-flips campaign-hosts campaign-power-cut
+.PHONY: campaign-preemption fuzz docs-lint docker-lint
 
 help:  ## list the verbs
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / {printf "  make %-20s %s\n", $$1, $$2}' Makefile
@@ -61,6 +62,9 @@ fuzz:  ## fuzz what readers parse, guided by coverage; SECONDS=60 for each targe
 campaign-hosts:  ## cut off, kill and replace hosts of a torchrun job; needs root; 10 minutes
 	$(PY) -m tests.campaigns.hosts
 	$(PY) -m tests.campaigns.hosts --storage s3
+
+campaign-power-cut:  ## cut the power of a job 200 times on a real ext4; needs root; 10 minutes
+	$(PY) -m tests.campaigns.power_cuts --cuts 200
 
 lint:  ## format, lint, types, layers
 	$(PY) -m ruff format --check .

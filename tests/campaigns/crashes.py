@@ -32,7 +32,7 @@ from tests.campaigns.kills import Census, Plan, draw_plan
 from tests.campaigns.supervisor import Place, Supervisor
 from tests.support.s3_server import S3Server
 
-__all__ = ["Campaign", "run_campaign"]
+__all__ = ["Campaign", "run_campaign", "take_census"]
 
 _STARTS_PER_RUN = 20
 _SERVER_SHARE = 0.25
@@ -108,26 +108,24 @@ def run_campaign(
         tell: Called with a line now and then.
     """
     campaign = Campaign(seed, storage, deadline_s)
-    rng = random.Random(seed)
     began_s = time.monotonic()
     with contextlib.ExitStack() as stack:
         places = _Places(stack, storage)
-        census: Census = {}
-        span_s = 0.0
+        patient = Supervisor(places.new(), deadline_s=limit_s / 2, limit_s=limit_s)
+        census, span_s = take_census(patient)
         while len(campaign.starts) < num_kills:
             place = places.new()
             supervisor = Supervisor(place, deadline_s=deadline_s, limit_s=limit_s)
-            if not census:
-                patient = Supervisor(place, deadline_s=limit_s / 2, limit_s=limit_s)
-                census, span_s = _census(patient)
             for _ in range(min(_STARTS_PER_RUN, num_kills - len(campaign.starts))):
                 share = _SERVER_SHARE if place.server else 0.0
+                # Drawn apart, so that one draw more or less does not change all that follow.
+                rng = random.Random(f"{seed}/{len(campaign.starts)}")
                 plan = draw_plan(rng, census, span_s, server_share=share)
                 start = supervisor.start(plan)
                 campaign.starts.append(start)
                 _note(campaign, start.findings, tell)
             # Whatever the last kill left, one more start must clear up and go on from.
-            last = supervisor.start(Plan(rng.getrandbits(32), 2, False, ()))
+            last = supervisor.start(Plan(len(campaign.starts), 2, False, ()))
             with contextlib.closing(
                 open_store(place.url, storage_options=place.storage_options)
             ) as store:
@@ -138,11 +136,11 @@ def run_campaign(
     return campaign
 
 
-def _census(supervisor: Supervisor) -> tuple[Census, float]:
+def take_census(supervisor: Supervisor) -> tuple[Census, float]:
     """Calls that each file of the library makes, and seconds that a start takes, undisturbed."""
     census: Counter[tuple[bool, str]] = Counter()
     busy_s = []
-    for seed in range(4):  # the first one saves to an empty run; some in the background
+    for seed in range(3):  # the first one saves to an empty run; some in the background
         start = supervisor.start(Plan(seed, 2, False, ()), is_counting=True)
         if start.findings or start.errors or len(start.calls) < start.plan.world_size:
             raise RuntimeError(f"the job failed, though nobody disturbed it: {start}")

@@ -77,4 +77,4 @@ def _draw_call(rng: random.Random, census: Census, rank: int) -> SelfKill:
     aim = rng.choice(_AIMS)
     aimed = [file for file in files if file.startswith(aim)] or files
     file = rng.choice(aimed)
-    return SelfKill(rank, file, rng.randint(1, census[rank == 0, file]))
+    return SelfKill(rank, file, 1 + int(rng.random() * census[rank == 0, file]))

@@ -21,7 +21,7 @@ def test_a_coordinator_that_was_cut_off_is_fenced_and_the_others_go_on(tmp_path)
             hosts,
             tmp_path,
             str(tmp_path / "run"),
-            deadline_s=6,
+            deadline_s=10,
             tell=lambda what, took_s: seen.append(f"{what} ({took_s:.1f} s)"),
         )
         trials.start()

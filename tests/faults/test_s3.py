@@ -93,6 +93,11 @@ def is_at(state: dict[str, Any], step: int) -> bool:
     return bool((state["model"]["w"] == step).all()) and state["step"] == step
 
 
+def may_be_silent(cases: dict[str, Any]) -> set[str]:
+    """Faults that the HTTP client may repeat by itself, on a connection that it had used before."""
+    return {name for name, case in cases.items() if case[2] in (Fault.RESET, Fault.DROP_ANSWER)}
+
+
 PASSING = {
     "500": ("PUT", DATA, Fault.INTERNAL_ERROR, 3),
     "503 SlowDown": ("PUT", DATA, Fault.SLOW_DOWN, 3),
@@ -117,7 +122,8 @@ def test_a_save_outlives(job, retried):
             job.proxy.heal()
             num_retried[name] = len(retried)
 
-    assert all(num_retried.values()), num_retried
+    unseen = {name for name, number in num_retried.items() if not number}
+    assert unseen <= may_be_silent(PASSING)
     assert job.look() == Found(tuple(range(len(PASSING))), (), (), ())
 
 
@@ -205,6 +211,7 @@ LOADS = {
 
 def test_a_resume_outlives(job, retried):
     found = {}
+    unseen = set()
     with job.manager() as checkpoints:
         checkpoints.save(1, state_at(1))
         checkpoints.save(2, state_at(2))
@@ -214,9 +221,12 @@ def test_a_resume_outlives(job, retried):
             job.proxy.inject(method, part, fault, times=times)
             result = checkpoints.resume(state)
             job.proxy.heal()
-            found[name] = (result.step, is_at(state, 2), bool(retried))
+            found[name] = (result.step, is_at(state, 2))
+            if not retried:
+                unseen.add(name)
 
-    assert found == dict.fromkeys(LOADS, (2, True, True))
+    assert found == dict.fromkeys(LOADS, (2, True))
+    assert unseen <= may_be_silent(LOADS)
 
 
 DOWN = {

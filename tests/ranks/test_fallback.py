@@ -110,7 +110,7 @@ def test_all_ranks_fall_back_to_the_same_older_checkpoint(
 def view_of(run: Path, view: Path) -> Path:
     """The same run as seen from another host, whose files a test may change.
 
-    Opened by ``as_seen``: below a root on disk no link is followed, and all share one log.
+    Opened by ``as_seen``: below a root on disk no link is followed, and one log must serve all.
     """
     shutil.copytree(run, view, ignore=shutil.ignore_patterns("log"))
     (view / "log").symlink_to(run / "log")

@@ -123,13 +123,11 @@ class Hosts:
         if process is None:
             return
         children = Path(f"/proc/{process.pid}/task/{process.pid}/children")
-        with contextlib.suppress(OSError, ProcessLookupError):
-            for first in children.read_text().split():  # the kernel kills the others with it
-                os.kill(int(first), signal.SIGKILL)
-        if not children.exists() or process.poll() is None:
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                process.wait(10)
-        process.kill()
+        first = children.read_text().split() if process.poll() is None else []
+        for pid in first:  # of its process namespace: the kernel ends all others before this one
+            os.kill(int(pid), signal.SIGKILL)
+        if not first:
+            process.kill()
         process.wait()
 
     def replace_disk(self, host: int) -> None:

@@ -1,4 +1,4 @@
-"""System calls of this process that fail on request, by strace: a disk as bad as need be.
+"""System calls of this process that fail or drag on request, by strace: a disk as bad as need be.
 
 with failing_syscalls("fsync", "EIO"):
     ...  # every fsync of every thread of this process fails
@@ -16,13 +16,14 @@ from pathlib import Path
 
 import pytest
 
-__all__ = ["failing_syscalls"]
+__all__ = ["failing_syscalls", "slow_syscalls"]
 
 _ATTACH_S = 60.0
 
 
-@contextlib.contextmanager
-def failing_syscalls(names: str, error: str, *, path: Path | None = None) -> Iterator[None]:
+def failing_syscalls(
+    names: str, error: str, *, path: Path | None = None
+) -> contextlib.AbstractContextManager[None]:
     """Let system calls of all threads of this process fail.
 
     Args:
@@ -30,10 +31,20 @@ def failing_syscalls(names: str, error: str, *, path: Path | None = None) -> Ite
         error: Name of the error number.
         path: Only those on this file or directory, which must exist.
     """
+    return _injected(names, f"error={error}", path)
+
+
+def slow_syscalls(names: str, delay_s: float) -> contextlib.AbstractContextManager[None]:
+    """Let each system call of these names take longer, in all threads of this process."""
+    return _injected(names, f"delay_exit={round(delay_s * 1e6)}", None)
+
+
+@contextlib.contextmanager
+def _injected(names: str, effect: str, path: Path | None) -> Iterator[None]:
     program = shutil.which("strace")
     if program is None:
         pytest.skip("NOT TESTED: a failing disk needs strace")
-    inject = ["-e", f"trace={names}", "-e", f"inject={names}:error={error}"]
+    inject = ["-e", f"trace={names}", "-e", f"inject={names}:{effect}"]
     where = ["-P", str(path)] if path else []
     command = [program, "-f", "-qq", "-o", os.devnull, *where, *inject, "-p", str(os.getpid())]
     tracer = subprocess.Popen(command, stderr=subprocess.PIPE)

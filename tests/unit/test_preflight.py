@@ -204,17 +204,13 @@ def test_a_bucket_is_ready_and_left_empty(s3_server, bucket):
 def test_wrong_credentials_bucket_or_endpoint_are_told_apart(s3_server, bucket):
     right = s3_server.storage_options
     (nobody,) = free_ports(1)
-    for url, options, expected, deadline_s in (
-        (f"s3://{bucket}/run", {**right, "secret": "wrong"}, "credentials", 60.0),
-        ("s3://no-such-bucket/run", right, "Create the bucket", 60.0),
-        (
-            f"s3://{bucket}/run",
-            {**right, "endpoint_url": f"http://127.0.0.1:{nobody}"},
-            "reachable",
-            0.5,
-        ),
+    nowhere = {**right, "endpoint_url": f"http://127.0.0.1:{nobody}"}
+    for url, options, patience_s, expected in (
+        (f"s3://{bucket}/run", {**right, "secret": "wrong"}, 60, "credentials"),
+        ("s3://no-such-bucket/run", right, 60, "Create the bucket"),
+        (f"s3://{bucket}/run", nowhere, 0.5, "reachable"),
     ):
-        settings = Settings(storage_options=options, retry=RetryPolicy(deadline_s=deadline_s))
+        settings = Settings(storage_options=options, retry=RetryPolicy(deadline_s=patience_s))
         report = preflight(url, settings)
         checks = {check.name: check for check in report.checks}
         assert verdicts(checks, Verdict.FAIL) == ["reach"]

@@ -156,7 +156,7 @@ def bucket(s3_server):
 @pytest.mark.s3
 def test_wrong_credentials_in_options_are_not_shown(output, s3_server, bucket):
     options = {**s3_server.storage_options, "secret": SECRET, "token": TOKEN}
-    settings = Settings(storage_options=options, retry=IMPATIENT, mode=SaveMode.BLOCKING)
+    settings = Settings(storage_options=options, mode=SaveMode.BLOCKING)
     drive(output, f"s3://{bucket}/run", settings)
     assert len(output.errors) == 4
     assert_secret(output.collected(), SECRET, TOKEN)
@@ -168,7 +168,7 @@ def test_wrong_credentials_in_the_environment_are_not_shown(output, s3_server, b
         monkeypatch.setenv(name, value)
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", SECRET)
     monkeypatch.setenv("AWS_SESSION_TOKEN", TOKEN)
-    drive(output, f"s3://{bucket}/run", Settings(retry=IMPATIENT, mode=SaveMode.BLOCKING))
+    drive(output, f"s3://{bucket}/run", Settings(mode=SaveMode.BLOCKING))
     assert len(output.errors) == 4
     assert_secret(output.collected(), SECRET, TOKEN)
 
