@@ -67,6 +67,8 @@ class Requests:
 def _serve(requests: queue.SimpleQueue[Callable[[], None] | None]) -> None:
     while (carry_out := requests.get()) is not None:
         carry_out()
+        # While this waits for the next, the last must not keep its owner alive, and so this thread.
+        del carry_out
 
 
 class BoundedStore:

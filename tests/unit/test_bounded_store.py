@@ -5,6 +5,7 @@ from __future__ import annotations
 import signal
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator
 from datetime import timedelta
 
@@ -55,3 +56,17 @@ def test_a_silent_store_is_a_silent_rank_0_by_the_deadline_and_serves_later_roun
     assert patient.get("c") == b"1"
     assert not patient.check(["b"])
     assert patient.delete_key("c")
+
+
+def test_the_thread_ends_with_the_last_view_of_the_store(server):
+    assert server.stdout is not None
+    client = dist.TCPStore("127.0.0.1", int(server.stdout.readline()))
+    before = set(threading.enumerate())
+    view = BoundedStore(client, Requests(), lambda: 60.0)
+    view.set("a", b"1")
+    assert view.get("a") == b"1"
+    [thread] = set(threading.enumerate()) - before
+
+    del view
+    thread.join(60)
+    assert not thread.is_alive()
