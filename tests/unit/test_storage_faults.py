@@ -294,11 +294,16 @@ def test_interrupted_upload_is_aborted(site, proxy):
         assert proxy.stalling.wait(20)
         os.kill(os.getpid(), signal.SIGINT)
 
+    # A shell starts what it puts in the background deaf to SIGINT.
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
     thread = threading.Thread(target=interrupt)
     thread.start()
-    with pytest.raises(KeyboardInterrupt):
-        store.write("k", [memoryview(bytes(17 * _MIB))])
-    thread.join()
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            store.write("k", [memoryview(bytes(17 * _MIB))])
+    finally:
+        thread.join()
+        signal.signal(signal.SIGINT, before)
     assert site.open_uploads() == []
     assert site.keys() == []
 
