@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import uuid
 
 import pytest
 
@@ -18,6 +19,14 @@ def s3_server():
     """One S3 server process for the session; starts with the first test that wants it."""
     with S3Server() as server:
         yield server
+
+
+@pytest.fixture(scope="module")
+def bucket(s3_server):
+    """One for a file: SeaweedFS reserves volumes for every bucket, and runs out of them."""
+    name = f"b-{uuid.uuid4().hex}"
+    s3_server.make_bucket(name)
+    return name
 
 
 @pytest.fixture(scope="session")

@@ -5,16 +5,15 @@ from __future__ import annotations
 import argparse
 from typing import TYPE_CHECKING
 
-from dcp_resume.cli.arguments import add_verb, open_url, read_pairs
-from dcp_resume.cli.keys import read_signing
+from dcp_resume.cli.arguments import add_verb, open_run
 from dcp_resume.cli.printing import print_json
 from dcp_resume.errors import CheckpointNotFound
 from dcp_resume.manifest.history import CommitEntry, RunHistory
 from dcp_resume.session.marks import quarantine, unquarantine
-from dcp_resume.session.run_log import RunLog
 
 if TYPE_CHECKING:
     from dcp_resume.cli.arguments import Verbs
+    from dcp_resume.session.run_log import RunLog
 
 __all__ = ["add_parser"]
 
@@ -60,7 +59,7 @@ def _add_place(verb: argparse.ArgumentParser) -> None:
 
 
 def _quarantine(arguments: argparse.Namespace) -> int:
-    log = _open_log(arguments)
+    _, log = open_run(arguments)
     entry = log.history.find_step(arguments.step, is_any_line=True)
     if entry is None:
         raise _no_step(log, arguments.step, "usable")
@@ -69,7 +68,7 @@ def _quarantine(arguments: argparse.Namespace) -> int:
 
 
 def _unquarantine(arguments: argparse.Namespace) -> int:
-    log = _open_log(arguments)
+    _, log = open_run(arguments)
     history = log.history
     held = [
         CommitEntry(seq, history.commits[seq])
@@ -81,13 +80,6 @@ def _unquarantine(arguments: argparse.Namespace) -> int:
     history = unquarantine(log, held[0].seq).history
     is_on_line = any(entry.seq == held[0].seq for entry in history.lineage())
     return _tell(arguments, history, held[0], "current" if is_on_line else "rolled back")
-
-
-def _open_log(arguments: argparse.Namespace) -> RunLog:
-    store = open_url(arguments.url, read_pairs(arguments.storage_option))
-    log = RunLog(store, signing=read_signing(arguments))
-    log.refresh()
-    return log
 
 
 def _tell(

@@ -18,7 +18,6 @@ from dcp_resume.errors import (
 )
 from dcp_resume.events import SaveFailed, emit
 from dcp_resume.manager.choosing import (
-    Damage,
     Request,
     find_commit,
     resume_source,
@@ -41,7 +40,7 @@ from dcp_resume.session.attempt import Run
 from dcp_resume.session.documents import Facts
 from dcp_resume.session.load import LoadOptions, LoadResult, Located, locate
 from dcp_resume.session.ownership import own_run
-from dcp_resume.session.quarantining import give_up
+from dcp_resume.session.quarantining import Damage, give_up
 from dcp_resume.session.ranks import Ranks
 from dcp_resume.session.run_log import RunLog
 from dcp_resume.session.save import SaveResult, SaveSession

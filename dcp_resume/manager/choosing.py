@@ -8,18 +8,17 @@ from typing import Literal
 from dcp_resume.errors import (
     CheckpointNotFound,
     ConfigurationError,
-    InvalidCheckpoint,
     PartialLoad,
 )
 from dcp_resume.manager.settings import Settings
 from dcp_resume.manifest.history import CommitEntry, RunHistory
 from dcp_resume.manifest.records import is_tag_name
+from dcp_resume.session.quarantining import Damage
 
-__all__ = ["Damage", "Request", "find_commit", "resume_source", "uncovered"]
+__all__ = ["Request", "find_commit", "resume_source", "uncovered"]
 
 Request = int | str
 """A step, ``latest``, ``best``, or a tag."""
-Damage = InvalidCheckpoint | PartialLoad
 
 
 def find_commit(history: RunHistory, request: Request, settings: Settings, url: str) -> CommitEntry:

@@ -18,7 +18,7 @@ from collections.abc import Callable, Container, Iterator, Sequence
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 
-from dcp_resume.errors import ConfigurationError, Problem
+from dcp_resume.errors import Problem
 from dcp_resume.format.dtypes import ITEMSIZES
 from dcp_resume.manifest.models import TensorEntry
 from dcp_resume.planning.flattening import part_of
@@ -26,6 +26,7 @@ from dcp_resume.planning.padding import logical_shape
 from dcp_resume.session.side import Side, Values
 from dcp_resume.session.tensor_difference import Pair, TensorComparer, TensorDifference
 from dcp_resume.session.value_difference import ValueDifference, compare_values
+from dcp_resume.session.windows import check_window
 
 __all__ = [
     "EXPECTED",
@@ -35,7 +36,6 @@ __all__ = [
     "compare_checkpoints",
 ]
 
-MIN_WINDOW_BYTES = 1 << 20
 
 EXPECTED = ("wall_time_s", "lineage")
 """Fields of the trainer state that two runs of the same training may differ in: seconds that it
@@ -60,11 +60,7 @@ class DiffOptions:
     """Called with bytes of tensors compared and in all, of one side."""
 
     def __post_init__(self) -> None:
-        if self.window_bytes < MIN_WINDOW_BYTES:
-            raise ConfigurationError(
-                f"the window must have at least {MIN_WINDOW_BYTES} bytes, got {self.window_bytes}",
-                option="window_bytes",
-            )
+        check_window(self.window_bytes)
 
 
 @dataclass(frozen=True, slots=True)

@@ -23,7 +23,7 @@ from dcp_resume.session.verify import verify_files
 from dcp_resume.session.votes import Votes
 from dcp_resume.storage import ObjectStore
 
-__all__ = ["give_up"]
+__all__ = ["Damage", "give_up"]
 
 Damage = InvalidCheckpoint | PartialLoad
 

@@ -20,7 +20,6 @@ import numpy as np
 
 from dcp_resume.errors import (
     CommitUnknown,
-    ConfigurationError,
     CorruptData,
     DcpResumeError,
     LoadRefused,
@@ -54,12 +53,11 @@ from dcp_resume.session.run_log import RunLog
 from dcp_resume.session.streaming import FileStreamer
 from dcp_resume.session.tensor_digests import TensorDigests, differing, recorded_digest
 from dcp_resume.session.votes import LonelyVotes
+from dcp_resume.session.windows import check_window
 from dcp_resume.session.writing import RankReport
 from dcp_resume.storage import ObjectStore, check_exclusive_create
 
 __all__ = ["ReshardOptions", "ReshardResult", "reshard"]
-
-MIN_WINDOW_BYTES = 1 << 20
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,11 +81,7 @@ class ReshardOptions:
     """How the new one is signed, and whose log records at the target are believed."""
 
     def __post_init__(self) -> None:
-        if self.window_bytes < MIN_WINDOW_BYTES:
-            raise ConfigurationError(
-                f"the window must have at least {MIN_WINDOW_BYTES} bytes, got {self.window_bytes}",
-                option="window_bytes",
-            )
+        check_window(self.window_bytes)
 
 
 @dataclass(frozen=True, slots=True)

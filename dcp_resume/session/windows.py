@@ -5,11 +5,14 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 
+from dcp_resume.errors import ConfigurationError
 from dcp_resume.manifest.boxes import Box
 from dcp_resume.planning.pieces import cut_box
 from dcp_resume.session.targets import Target
 
-__all__ = ["StoredBox", "Window", "cut_windows"]
+__all__ = ["StoredBox", "Window", "check_window", "cut_windows"]
+
+MIN_WINDOW_BYTES = 1 << 20
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,6 +33,19 @@ class Window:
     numbers: list[int] = field(default_factory=list)
     """Per target the position of its box among those asked for."""
     num_bytes: int = 0
+
+
+def check_window(window_bytes: int) -> None:
+    """Refuse a window that a request would hardly pay for.
+
+    Raises:
+        ConfigurationError: It is too small.
+    """
+    if window_bytes < MIN_WINDOW_BYTES:
+        raise ConfigurationError(
+            f"the window must have at least {MIN_WINDOW_BYTES} bytes, got {window_bytes}",
+            option="window_bytes",
+        )
 
 
 def cut_windows(wanted: Iterable[StoredBox], memory: memoryview) -> Iterator[Window]:

@@ -15,14 +15,6 @@ pytestmark = pytest.mark.s3
 _MIB = 1 << 20
 
 
-@pytest.fixture(scope="module")
-def bucket(s3_server):
-    """One for all tests: SeaweedFS reserves volumes for every bucket, and runs out of them."""
-    name = f"b-{uuid.uuid4().hex}"
-    s3_server.make_bucket(name)
-    return name
-
-
 class TestS3Store(ObjectStoreContract):
     race_rounds = 4  # SeaweedFS takes a second or more for each contended one
     large_bytes = 40 * _MIB + 12_345

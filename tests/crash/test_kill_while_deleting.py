@@ -89,10 +89,3 @@ def test_on_a_local_run(tmp_path, fatal):
 @pytest.mark.parametrize("fatal", [0, 2, NUM_FILES + 1])
 def test_on_s3(s3_server, bucket, fatal):
     check(f"s3://{bucket}/{uuid.uuid4().hex}", s3_server.storage_options, fatal)
-
-
-@pytest.fixture(scope="module")
-def bucket(s3_server):
-    name = f"b-{uuid.uuid4().hex}"
-    s3_server.make_bucket(name)
-    return name

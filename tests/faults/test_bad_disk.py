@@ -7,36 +7,19 @@ import os
 import subprocess
 import threading
 from collections.abc import Iterator
-from contextlib import closing
 from pathlib import Path
-from typing import Any
 
 import pytest
-import torch
 
 from dcp_resume import CheckpointManager, RetryPolicy, SaveMode, Settings
 from dcp_resume.errors import StorageError, StorageFull
 from dcp_resume.events import Event, StepReached, subscribe
-from dcp_resume.storage import open_store
 from tests.support.ext4_disk import CannotMount, Ext4Disk, in_memory
-from tests.support.inspection import Found, look_at
+from tests.support.inspection import Found, look_at_root
+from tests.support.small_state import is_at, state_at
 from tests.support.syscalls import slow_syscalls
 
 SETTINGS = Settings(mode=SaveMode.BLOCKING, retry=RetryPolicy(deadline_s=1.0))
-MIB = 1 << 20
-
-
-def state_at(step: int) -> dict[str, Any]:
-    return {"model": {"w": torch.full((MIB // 4,), float(step))}, "step": step}
-
-
-def is_at(state: dict[str, Any], step: int) -> bool:
-    return bool((state["model"]["w"] == step).all()) and state["step"] == step
-
-
-def look(root: Path) -> Found:
-    with closing(open_store(str(root))) as store:
-        return look_at(store)
 
 
 @pytest.fixture
@@ -82,13 +65,13 @@ def test_blocks_that_cannot_be_written_fail_the_save(memory, disk):
 
     ballast.unlink()  # the disk was replaced, and the machine started again
     disk.restart()
-    assert look(run).steps == (1,)
-    assert look(run).problems == ()
+    assert look_at_root(run).steps == (1,)
+    assert look_at_root(run).problems == ()
     with CheckpointManager(run, SETTINGS) as checkpoints:
         assert checkpoints.resume(state).step == 1
         checkpoints.save(2, state_at(2))
-    assert look(run).steps == (1, 2)
-    assert look(run).problems == ()
+    assert look_at_root(run).steps == (1, 2)
+    assert look_at_root(run).problems == ()
 
 
 def test_a_full_ext4_fails_the_save_and_training_goes_on(disk):
@@ -98,10 +81,10 @@ def test_a_full_ext4_fails_the_save_and_training_goes_on(disk):
         fill(ballast)
         with pytest.raises(StorageFull):
             checkpoints.save(2, state_at(2))
-        assert look(run) == Found((1,), (), (), ())
+        assert look_at_root(run) == Found((1,), (), (), ())
         ballast.unlink()
         checkpoints.save(3, state_at(3))
-    assert look(run) == Found((1, 3), (), (), ())
+    assert look_at_root(run) == Found((1, 3), (), (), ())
 
 
 def test_no_room_for_more_files_fails_the_save_and_training_goes_on(memory):
@@ -113,10 +96,10 @@ def test_no_room_for_more_files_fails_the_save_and_training_goes_on(memory):
         subprocess.run(["mount", "-o", limit, str(memory)], check=True)
         with pytest.raises(StorageFull):
             checkpoints.save(2, state_at(2))
-        assert look(run) == Found((1,), (), (), ())
+        assert look_at_root(run) == Found((1,), (), (), ())
         subprocess.run(["mount", "-o", "remount,nr_inodes=1000", str(memory)], check=True)
         checkpoints.save(3, state_at(3))
-    assert look(run) == Found((1, 3), (), (), ())
+    assert look_at_root(run) == Found((1, 3), (), (), ())
 
 
 def test_a_hung_disk_holds_up_the_save_and_not_the_trainer(disk):
@@ -136,7 +119,7 @@ def test_a_hung_disk_holds_up_the_save_and_not_the_trainer(disk):
             assert is_frozen.wait(60)
             assert not pending.is_done
         assert pending.result().step == 2
-    assert look(run) == Found((1, 2), (), (), ())
+    assert look_at_root(run) == Found((1, 2), (), (), ())
 
 
 def test_a_slow_disk_only_takes_its_time(tmp_path):
@@ -146,4 +129,4 @@ def test_a_slow_disk_only_takes_its_time(tmp_path):
         with slow_syscalls("fsync,fdatasync", delay_s):
             result = checkpoints.save(2, state_at(2)).result()
     assert result.duration_s > 8 * delay_s  # five files, and their directories
-    assert look(tmp_path) == Found((1, 2), (), (), ())
+    assert look_at_root(tmp_path) == Found((1, 2), (), (), ())

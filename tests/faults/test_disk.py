@@ -8,36 +8,18 @@ from __future__ import annotations
 
 import subprocess
 from collections.abc import Iterator
-from contextlib import closing
 from pathlib import Path
-from typing import Any
 
 import pytest
-import torch
 
 from dcp_resume import CheckpointManager, RetryPolicy, SaveMode, Settings
 from dcp_resume.errors import CommitUnknown, StorageDenied, StorageError, StorageFull
-from dcp_resume.storage import open_store
 from tests.support.damage import small_files
-from tests.support.inspection import Found, look_at
+from tests.support.inspection import Found, look_at_root
+from tests.support.small_state import MIB, is_at, state_at
 from tests.support.syscalls import failing_syscalls
 
 SETTINGS = Settings(mode=SaveMode.BLOCKING, retry=RetryPolicy(deadline_s=1.0))
-MIB = 1 << 20
-NUM_FLOATS = MIB // 4
-
-
-def state_at(step: int, num_floats: int = NUM_FLOATS) -> dict[str, Any]:
-    return {"model": {"w": torch.full((num_floats,), float(step))}, "step": step}
-
-
-def is_at(state: dict[str, Any], step: int) -> bool:
-    return bool((state["model"]["w"] == step).all()) and state["step"] == step
-
-
-def look(root: Path) -> Found:
-    with closing(open_store(str(root))) as store:
-        return look_at(store)
 
 
 @pytest.fixture
@@ -61,10 +43,10 @@ def test_a_full_disk_fails_the_save_and_training_goes_on(disk):
         checkpoints.save(1, state_at(1))
         with pytest.raises(StorageFull):
             checkpoints.save(2, state_at(2))
-        assert look(run) == Found((1,), (), (), ())
+        assert look_at_root(run) == Found((1,), (), (), ())
         ballast.unlink()
         checkpoints.save(3, state_at(3))
-    assert look(run) == Found((1, 3), (), (), ())
+    assert look_at_root(run) == Found((1, 3), (), (), ())
 
 
 def test_a_disk_that_turned_read_only_can_still_be_loaded_from(disk):
@@ -77,7 +59,7 @@ def test_a_disk_that_turned_read_only_can_still_be_loaded_from(disk):
             checkpoints.save(2, state_at(2))
         assert checkpoints.load(state).step == 1
     assert is_at(state, 1)
-    assert look(run) == Found((1,), (), (), ())
+    assert look_at_root(run) == Found((1,), (), (), ())
 
 
 def test_a_limit_of_file_sizes(tmp_path):
@@ -86,7 +68,7 @@ def test_a_limit_of_file_sizes(tmp_path):
         with small_files(MIB // 2), pytest.raises(StorageError):
             checkpoints.save(2, state_at(2))
         checkpoints.save(3, state_at(3))
-    assert look(tmp_path) == Found((1, 3), (), (), ())
+    assert look_at_root(tmp_path) == Found((1, 3), (), (), ())
 
 
 BROKEN = {
@@ -108,10 +90,10 @@ def test_a_broken_disk_fails_the_save_and_training_goes_on(tmp_path, name):
         checkpoints.save(1, state_at(1))
         with failing_syscalls(names, error), pytest.raises(kind) as caught:
             checkpoints.save(2, state_at(2))
-        assert look(tmp_path) == Found((1,), (), (), ())
+        assert look_at_root(tmp_path) == Found((1,), (), (), ())
         checkpoints.save(3, state_at(3))
     assert type(caught.value) is kind
-    assert look(tmp_path) == Found((1, 3), (), (), ())
+    assert look_at_root(tmp_path) == Found((1, 3), (), (), ())
 
 
 UNKNOWN = {
@@ -129,9 +111,9 @@ def test_a_commit_is_unknown_until_the_disk_says_yes(tmp_path, name):
         checkpoints.save(1, state_at(1))
         with failing_syscalls(names, error, path=log), pytest.raises(CommitUnknown):
             checkpoints.save(2, state_at(2))
-        assert look(tmp_path).problems == ()
+        assert look_at_root(tmp_path).problems == ()
         checkpoints.save(3, state_at(3))
-    assert look(tmp_path) == Found((1, 2, 3), (), (), ())
+    assert look_at_root(tmp_path) == Found((1, 2, 3), (), (), ())
 
 
 @pytest.mark.parametrize("error", ["EIO", "ESTALE", "EACCES"])
@@ -146,6 +128,6 @@ def test_a_disk_that_cannot_be_read_is_never_a_reason_to_fall_back(tmp_path, nam
         for load in (checkpoints.load, checkpoints.resume):
             with failing_syscalls(names, error, path=path), pytest.raises(StorageError):
                 load(state)
-        assert look(tmp_path) == Found((1, 2), (), (), ())
+        assert look_at_root(tmp_path) == Found((1, 2), (), (), ())
         assert checkpoints.resume(state).step == 2
     assert is_at(state, 2)

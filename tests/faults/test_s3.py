@@ -13,7 +13,6 @@ from contextlib import closing
 from typing import Any
 
 import pytest
-import torch
 
 from dcp_resume import CheckpointManager, RetryPolicy, SaveMode, Settings
 from dcp_resume.errors import (
@@ -28,6 +27,7 @@ from dcp_resume.storage import open_store
 from tests.support.fault_proxy import Fault, FaultProxy
 from tests.support.inspection import Found, look_at
 from tests.support.s3_server import S3Server
+from tests.support.small_state import is_at, state_at
 
 pytestmark = pytest.mark.s3
 
@@ -64,13 +64,6 @@ class Job:
             return look_at(store)
 
 
-@pytest.fixture(scope="module")
-def bucket(s3_server: S3Server) -> str:
-    name = f"b-{uuid.uuid4().hex}"
-    s3_server.make_bucket(name)
-    return name
-
-
 @pytest.fixture
 def job(s3_server: S3Server, bucket: str) -> Iterator[Job]:
     with FaultProxy(s3_server.endpoint) as proxy:
@@ -83,14 +76,6 @@ def retried() -> Iterator[list[StorageRetried]]:
     unsubscribe = subscribe(lambda e: seen.append(e) if isinstance(e, StorageRetried) else None)
     yield seen
     unsubscribe()
-
-
-def state_at(step: int, size: int = SMALL) -> dict[str, Any]:
-    return {"model": {"w": torch.full((size,), float(step))}, "step": step}
-
-
-def is_at(state: dict[str, Any], step: int) -> bool:
-    return bool((state["model"]["w"] == step).all()) and state["step"] == step
 
 
 def may_be_silent(cases: dict[str, Any]) -> set[str]:
@@ -118,7 +103,7 @@ def test_a_save_outlives(job, retried):
         for step, (name, (method, part, fault, times)) in enumerate(PASSING.items()):
             retried.clear()
             job.proxy.inject(method, part, fault, times=times)
-            checkpoints.save(step, state_at(step))
+            checkpoints.save(step, state_at(step, SMALL))
             job.proxy.heal()
             num_retried[name] = len(retried)
 
@@ -129,9 +114,9 @@ def test_a_save_outlives(job, retried):
 
 def test_a_save_outlives_a_slow_server(job):
     with job.manager(read_timeout_s=30.0) as checkpoints:
-        checkpoints.save(1, state_at(1))
+        checkpoints.save(1, state_at(1, SMALL))
         job.proxy.inject("PUT", "step-", Fault.SLOW, times=TRIES - 1)
-        checkpoints.save(2, state_at(2))
+        checkpoints.save(2, state_at(2, SMALL))
     assert job.look() == Found((1, 2), (), (), ())
 
 
@@ -158,15 +143,15 @@ def test_a_save_fails_typed_and_training_goes_on(job):
     with job.manager() as checkpoints:
         for number, (name, (method, part, fault, kind)) in enumerate(FAILING.items()):
             step = 10 * number
-            checkpoints.save(step, state_at(step))
+            checkpoints.save(step, state_at(step, SMALL))
             job.proxy.inject(method, part, fault, times=ALWAYS)
             with pytest.raises(DcpResumeError) as caught:
-                checkpoints.save(step + 1, state_at(step + 1))
+                checkpoints.save(step + 1, state_at(step + 1, SMALL))
             job.proxy.heal()
             found[name] = type(caught.value)
             # What is unknown, the next append settles: it is there.
             committed += [step, step + 1] if kind is CommitUnknown else [step]
-        checkpoints.save(1000, state_at(1000))
+        checkpoints.save(1000, state_at(1000, SMALL))
 
     assert found == {name: kind for name, (_, _, _, kind) in FAILING.items()}
     assert job.look() == Found((*committed, 1000), (), (), ())
@@ -213,10 +198,10 @@ def test_a_resume_outlives(job, retried):
     found = {}
     unseen = set()
     with job.manager() as checkpoints:
-        checkpoints.save(1, state_at(1))
-        checkpoints.save(2, state_at(2))
+        checkpoints.save(1, state_at(1, SMALL))
+        checkpoints.save(2, state_at(2, SMALL))
         for name, (method, part, fault, times) in LOADS.items():
-            state = state_at(0)
+            state = state_at(0, SMALL)
             retried.clear()
             job.proxy.inject(method, part, fault, times=times)
             result = checkpoints.resume(state)
@@ -243,10 +228,10 @@ DOWN = {
 
 def test_a_store_that_fails_is_never_a_reason_to_fall_back(job):
     found = {}
-    state = state_at(0)
+    state = state_at(0, SMALL)
     with job.manager() as checkpoints:
-        checkpoints.save(1, state_at(1))
-        checkpoints.save(2, state_at(2))
+        checkpoints.save(1, state_at(1, SMALL))
+        checkpoints.save(2, state_at(2, SMALL))
         for name, (part, fault, _) in DOWN.items():
             job.proxy.inject("GET", part, fault, times=ALWAYS)
             with pytest.raises(DcpResumeError) as caught:
@@ -267,9 +252,9 @@ def test_a_bucket_that_vanishes(job, s3_server):
     s3_server.make_bucket(bucket)
     lonely = Job(s3_server, bucket, job.proxy)
     with lonely.manager() as checkpoints:
-        checkpoints.save(1, state_at(1))
+        checkpoints.save(1, state_at(1, SMALL))
         for entry in client.list_objects_v2(Bucket=bucket)["Contents"]:
             client.delete_object(Bucket=bucket, Key=entry["Key"])
         client.delete_bucket(Bucket=bucket)
         with pytest.raises(StorageError):
-            checkpoints.save(2, state_at(2))
+            checkpoints.save(2, state_at(2, SMALL))

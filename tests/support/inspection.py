@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+from contextlib import closing
 from dataclasses import dataclass
+from pathlib import Path
 
 from dcp_resume.manifest.history import CommitEntry
 from dcp_resume.manifest.keys import parse_attempt_prefix, parse_log_key
 from dcp_resume.session.load import Located
 from dcp_resume.session.run_log import RunLog
 from dcp_resume.session.verify import verify_checkpoint
-from dcp_resume.storage import ObjectStore
+from dcp_resume.storage import ObjectStore, open_store
 
-__all__ = ["Found", "look_at"]
+__all__ = ["Found", "look_at", "look_at_root"]
 
 
 @dataclass(frozen=True)
@@ -44,3 +46,9 @@ def look_at(store: ObjectStore) -> Found:
         strays=tuple(k for k in keys if parse_log_key(k) is None and not parse_attempt_prefix(k)),
         unfinished=tuple(info.key for info in store.unfinished("")),
     )
+
+
+def look_at_root(root: Path) -> Found:
+    """The same of a run on disk."""
+    with closing(open_store(str(root))) as store:
+        return look_at(store)

@@ -20,13 +20,6 @@ from tests.support.built_run import SHARD, BuiltRun
 HOUR_S = 3600.0
 
 
-@pytest.fixture(scope="module")
-def bucket(s3_server):
-    name = f"b-{uuid.uuid4().hex}"
-    s3_server.make_bucket(name)
-    return name
-
-
 @pytest.fixture(params=["local", pytest.param("s3", marks=pytest.mark.s3)])
 def run(request, tmp_path):
     if request.param == "local":

@@ -1,4 +1,4 @@
-"""Tags, and attempts that are given up: the records, and the rules for them."""
+"""Tags, attempts given up, lifted quarantines: the records, and the rules for them."""
 
 from __future__ import annotations
 
@@ -178,3 +178,24 @@ def test_the_last_good_one_cannot_be_retired_even_if_a_rollback_left_it_behind(r
     run.save(5)
     run.retire(20)
     assert steps(run, "all") == [(2, 5)]
+
+
+# A quarantine that is lifted
+
+
+def test_a_lifted_quarantine_counts_no_more(store, log):
+    damaged = commit(log, 40)
+    with pytest.raises(ConfigurationError, match="quarantine are \\[\\]"):
+        marks.unquarantine(log, damaged.seq)
+    marks.quarantine(log, damaged.seq)
+    marks.unquarantine(log, damaged.seq)
+    assert rules.open_run(new_log(store), incarnation="second") == (2, damaged.seq)
+
+
+def test_a_retired_checkpoint_is_not_lifted(log):
+    damaged = commit(log, 40)
+    commit(log, 60)
+    marks.quarantine(log, damaged.seq)
+    marks.retire(log, damaged.seq)
+    with pytest.raises(ConfigurationError):
+        marks.unquarantine(log, damaged.seq)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import uuid
 
 import pytest
 import torch
@@ -181,13 +180,6 @@ def test_doctor_prints_a_table_json_and_an_exit_code(tmp_path, capsys):
     assert main(["doctor", str(tmp_path / "run"), "--size", "999999TiB"]) == 1
     assert "NOT ready\n  - space: Free space" in capsys.readouterr().out
     assert main(["doctor", str(tmp_path), "--size", "many"]) == 2
-
-
-@pytest.fixture(scope="module")
-def bucket(s3_server):
-    name = f"b-{uuid.uuid4().hex}"
-    s3_server.make_bucket(name)
-    return name
 
 
 @pytest.mark.s3

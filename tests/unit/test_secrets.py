@@ -146,13 +146,6 @@ def test_access_points_are_no_credentials():
     assert open_store(f"s3://{arn}/run").url == f"s3://{arn}/run"
 
 
-@pytest.fixture(scope="module")
-def bucket(s3_server):
-    name = f"b-{uuid.uuid4().hex}"
-    s3_server.make_bucket(name)
-    return name
-
-
 @pytest.mark.s3
 def test_wrong_credentials_in_options_are_not_shown(output, s3_server, bucket):
     options = {**s3_server.storage_options, "secret": SECRET, "token": TOKEN}

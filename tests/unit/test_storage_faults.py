@@ -33,13 +33,6 @@ _HASTY = RetryPolicy(deadline_s=1.0, first_delay_s=0.01, max_delay_s=0.1)
 _TRANSIENT = [Fault.INTERNAL_ERROR, Fault.SLOW_DOWN, Fault.CONFLICT, Fault.RESET]
 
 
-@pytest.fixture(scope="module")
-def bucket(s3_server):
-    name = f"b-{uuid.uuid4().hex}"
-    s3_server.make_bucket(name)
-    return name
-
-
 @pytest.fixture
 def proxy(s3_server):
     with FaultProxy(s3_server.endpoint) as proxy:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import subprocess
 import sys
 import threading
@@ -12,7 +11,6 @@ import pytest
 import torch
 
 from dcp_resume import CheckpointManager, SaveMode, Settings
-from dcp_resume.cli.main import main
 from dcp_resume.errors import SaveError, StorageDenied, StorageError
 from dcp_resume.manager.policies import KeepLast
 from dcp_resume.manager.retention import prune
@@ -36,25 +34,6 @@ def built(tmp_path):
 @pytest.fixture
 def root(built, tmp_path):
     return tmp_path / "run"
-
-
-@pytest.fixture
-def call(capsys):
-    def call(*words):
-        code = main([str(word) for word in words])
-        captured = capsys.readouterr()
-        return code, captured.out, captured.err
-
-    return call
-
-
-@pytest.fixture
-def call_json(call):
-    def call_json(*words):
-        code, out, _ = call(*words, "--json")
-        return code, json.loads(out)
-
-    return call_json
 
 
 def files(root):
