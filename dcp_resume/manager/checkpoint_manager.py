@@ -42,6 +42,7 @@ from dcp_resume.session.commit import quarantine
 from dcp_resume.session.documents import Facts
 from dcp_resume.session.load import LoadOptions, LoadResult, Located, locate
 from dcp_resume.session.ownership import own_run
+from dcp_resume.session.plan_memory import PlanMemory
 from dcp_resume.session.ranks import Ranks
 from dcp_resume.session.run_log import RunLog
 from dcp_resume.session.save import SaveResult, SaveSession
@@ -98,6 +99,7 @@ class CheckpointManager:
         self._log = RunLog(self._store)
         self._ranks = Ranks()
         self._pool = BufferPool()
+        self._memory = PlanMemory()
         self._background = ThreadPoolExecutor(1, "dcp-resume-save")
         self._run: Run | None = None
         self._loaded_seq: int | None = None
@@ -146,6 +148,7 @@ class CheckpointManager:
             facts=self._facts(step, chosen),
             declarations=declarations_of(self.settings.declarations, chosen),
             tensor_digests=self.settings.tensor_digests,
+            memory=self._memory,
         )
         is_blocking = self.settings.mode is SaveMode.BLOCKING
         pool = None if is_blocking else self._pool
@@ -349,6 +352,7 @@ class CheckpointManager:
             options,
             self.settings,
             self._facts(0, state),
+            self._memory,
             changed,
         )
         saved_by = result.world_size

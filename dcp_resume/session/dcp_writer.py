@@ -159,6 +159,7 @@ class Writer(StorageWriter):
             facts=self._facts,
             declarations=self._declarations,
             tensor_digests=self._tensor_digests,
+            memory=incarnation.memory,
         )
         return self._session
 

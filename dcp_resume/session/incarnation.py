@@ -14,6 +14,7 @@ from typing import Any
 from dcp_resume.session.attempt import Run
 from dcp_resume.session.commit import choose_newest
 from dcp_resume.session.ownership import own_run
+from dcp_resume.session.plan_memory import PlanMemory
 from dcp_resume.session.ranks import Ranks
 from dcp_resume.session.run_log import RunLog
 from dcp_resume.session.staging import BufferPool
@@ -30,6 +31,7 @@ class Incarnation:
     store: ObjectStore
     log: RunLog
     pool: BufferPool = field(default_factory=BufferPool)
+    memory: PlanMemory = field(default_factory=PlanMemory)
     storage_options: Mapping[str, Any] = field(default_factory=dict)
     loaded_seq: int | None = None
     """Log number of the commit that this process loaded last: what its saves descend from."""

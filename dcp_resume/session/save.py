@@ -32,6 +32,7 @@ from dcp_resume.planning.plans import LocalPlan, local_plan, per_rank_leaves
 from dcp_resume.planning.state import LocalState, describe_state
 from dcp_resume.session.attempt import Attempt, RankOrder, Run
 from dcp_resume.session.documents import Facts
+from dcp_resume.session.plan_memory import PlanMemory
 from dcp_resume.session.staging import BufferPool
 from dcp_resume.session.tensor_digests import TensorDigests
 from dcp_resume.session.votes import Votes
@@ -70,6 +71,7 @@ class SaveSession:
         facts: For the manifest; the coordinator's count.
         declarations: What the caller knows of its leaves.
         tensor_digests: Whether to record a digest of each tensor; the coordinator's word counts.
+        memory: Of earlier saves of the run; by default there is none.
     """
 
     def __init__(
@@ -81,6 +83,7 @@ class SaveSession:
         facts: Facts,
         declarations: Declarations | None = None,
         tensor_digests: TensorDigests = TensorDigests.OMIT,
+        memory: PlanMemory | None = None,
     ) -> None:
         self._run = run
         self._votes = votes
@@ -88,6 +91,7 @@ class SaveSession:
         self._facts = facts
         self._declarations = declarations or Declarations()
         self._tensor_digests = tensor_digests
+        self._memory = memory or PlanMemory()
         self._started = time.monotonic()
         self._order: RankOrder | None = None  # known after step 1
         self._staged: StagedRank | None = None  # known after step 2
@@ -122,7 +126,7 @@ class SaveSession:
 
         def offer() -> bytes:
             leaves = state() if callable(state) else state
-            described.append(describe_state(leaves, self._declarations))
+            described.append(describe_state(leaves, self._declarations, self._memory.outline))
             rank, world_size = self._votes.rank, self._votes.world_size
             plan = local_plan(described[0], rank, world_size, self._declarations)
             return self._step.to_bytes(8, "little") + plan.to_bytes()
