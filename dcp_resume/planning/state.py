@@ -4,24 +4,25 @@ from __future__ import annotations
 
 from collections.abc import Container, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import torch
 
 from dcp_resume.errors import DuplicateFqn, Problem, UnsupportedLeaf, summarise
 from dcp_resume.format.dtypes import check_tensor
-from dcp_resume.format.leaves import encode_leaf
+from dcp_resume.format.leaves import encode_leaf, pack_leaves
 from dcp_resume.manifest.checks import name_problems
 from dcp_resume.manifest.models import MeshEntry
 from dcp_resume.planning.aliases import distinct
 from dcp_resume.planning.declarations import Declarations
-from dcp_resume.planning.flattening import Path, flatten, fqn_of
+from dcp_resume.planning.flattening import Path, flatten, fqn_of, part_of
 from dcp_resume.planning.held import HeldTensor
 from dcp_resume.planning.mesh_place import MeshPlace
 from dcp_resume.planning.outline import Leaf, Outline, OutlineMemory
 from dcp_resume.planning.ties import Ties
 
-__all__ = ["PER_RANK_LEAVES", "SHARED_LEAVES", "LocalState", "describe_state"]
+__all__ = ["PER_RANK_LEAVES", "SHARED_LEAVES", "LocalState", "describe_state", "roomy_size"]
 
 PER_RANK_LEAVES = "~per-rank."
 """FQN prefix of the tensor that holds a part's per-rank values."""
@@ -29,7 +30,17 @@ SHARED_LEAVES = "~leaves."
 """FQN prefix of the tensor that holds a part's shared values, if the manifest cannot."""
 
 
-@dataclass(frozen=True, slots=True)
+def roomy_size(num_bytes: int) -> int:
+    """A size that stays as it is while ``num_bytes`` changes a little.
+
+    >>> roomy_size(6200), roomy_size(6300), roomy_size(3)
+    (7168, 7168, 256)
+    """
+    grain = max(256, 1 << num_bytes.bit_length() >> 3)
+    return -(-num_bytes // grain) * grain
+
+
+@dataclass(frozen=True)
 class LocalState:
     """One rank's state, described."""
 
@@ -52,6 +63,19 @@ class LocalState:
     def distinct_tensors(self) -> Iterator[HeldTensor]:
         """Each tensor's memory once; of several names for one memory the first name's."""
         return distinct(self.tensors)
+
+    @cached_property
+    def per_rank_leaves(self) -> Mapping[str, bytes]:
+        """Part → packed values of this rank's own, filled up with spaces.
+
+        The length of such values (a generator's state in digits) changes from save to save; filled
+        up to a multiple of at least an eighth of it, it rarely does, and the plan stays as it is.
+        """
+        parts: dict[str, dict[str, Any]] = {}
+        for fqn, (path, value) in self.per_rank_values.items():
+            parts.setdefault(part_of(path), {})[fqn] = (path, value)
+        packed = {part: pack_leaves(values) for part, values in parts.items()}
+        return {part: data.ljust(roomy_size(len(data))) for part, data in packed.items()}
 
     def check_place(self, rank: int, world_size: int) -> None:
         """Refuse a declared mesh that is not this rank's, if any layout was used.

@@ -33,10 +33,11 @@ from dcp_resume.manifest.boxes import Box
 from dcp_resume.manifest.models import TensorEntry, TrainerFacts
 from dcp_resume.planning.dcp_items import box_of_item, items_to_columns
 from dcp_resume.planning.declarations import Declarations
-from dcp_resume.planning.plans import LocalPlan, RankPlan, per_rank_leaves, unpad_box
+from dcp_resume.planning.merge import merge
+from dcp_resume.planning.plans import LocalPlan, RankPlan, unpad_box
 from dcp_resume.planning.save_planner import ColumnarStorageMeta, columns_of
 from dcp_resume.planning.save_planner import SavePlanner as OurSavePlanner
-from dcp_resume.session.attempt import Attempt, RankOrder
+from dcp_resume.session.attempt import Attempt, Order
 from dcp_resume.session.documents import Facts
 from dcp_resume.session.incarnation import incarnation_of
 from dcp_resume.session.save import SaveResult, SaveSession
@@ -220,10 +221,12 @@ class Writer(StorageWriter):
         entries: dict[str, TensorEntry] = {}
         columns: list[LocalPlan] = []
         for rank, plan in enumerate(plans):
-            columns.append(columns_of(plan) or items_to_columns(plan, rank, entries))
-        self._attempt = Attempt.begin(run, columns, self._step, self._tensor_digests)
+            columns.append(columns_of(plan) or items_to_columns(plan, rank, len(plans), entries))
+        merged = merge(columns)
+        self._attempt = Attempt.begin(run, merged, self._step, self._tensor_digests)
+        order = self._attempt.order.to_bytes()
         return [
-            SavePlan(plan.items, storage_data=self._attempt.order(rank).to_bytes())
+            SavePlan(plan.items, storage_data=order + merged.rank_plan(rank).to_bytes())
             for rank, plan in enumerate(plans)
         ]
 
@@ -245,10 +248,11 @@ class Writer(StorageWriter):
             self.result = session.finish()
             results.set_result([])
             return results
-        order = RankOrder.from_bytes(plan.storage_data)
+        order = Order.from_bytes(plan.storage_data)
+        rank_plan = RankPlan.from_bytes(plan.storage_data[Order.NUM_BYTES :])
         source, values = _source(plan, planner)
         store = incarnation_of(self._url, self._storage_options).store
-        staged = stage_rank(order.plan, source, None)
+        staged = stage_rank(rank_plan, source, None)
         num_bytes = staged.num_bytes
         report = write_rank(staged, store, order.prefix, order.block_size, order.tensor_digests)
         data = [report.to_bytes(), pack_leaves(values)]
@@ -323,7 +327,7 @@ def _source(plan: SavePlan, planner: SavePlanner) -> tuple[ChunkSource, dict[str
     """Where this rank's bytes come from, and the values it encodes itself."""
     if isinstance(planner, OurSavePlanner) and planner.local_state is not None:
         state = planner.local_state
-        return RankSource(state.tensors, per_rank_leaves(state)), {}
+        return RankSource(state.tensors, state.per_rank_leaves), {}
     values: dict[str, Any] = {}
     tensors: list[WriteItem] = []
     for item in plan.items:

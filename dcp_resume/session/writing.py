@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -72,7 +72,7 @@ class RankSource:
 
     tensors: Sequence[HeldTensor]
     """In the order of the rank's structure."""
-    per_rank_leaves: dict[str, bytes]
+    per_rank_leaves: Mapping[str, bytes]
     """Part → packed per-rank values; their entries follow the tensors in the structure."""
 
     def chunk(self, plan: RankPlan, row: int, key: str) -> tuple[torch.Tensor, PlacedChunk]:

@@ -17,9 +17,9 @@ from dcp_resume import (
     Split,
 )
 from dcp_resume.errors import ReplicaMismatch
+from dcp_resume.planning.local_plans import local_plan
 from dcp_resume.planning.merge import merge
 from dcp_resume.planning.parameters import ParameterNames
-from dcp_resume.planning.plans import local_plan
 from dcp_resume.planning.state import describe_state
 from dcp_resume.planning.ties import Ties
 
