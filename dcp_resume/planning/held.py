@@ -27,6 +27,12 @@ class HeldPiece:
     memory: torch.Tensor
     """A view of the trainer's memory, of the box's shape."""
 
+    def view(self, box: Box) -> torch.Tensor:
+        """The memory of a box inside of it."""
+        if box == self.box:
+            return self.memory
+        return narrowed(self.memory, box.relative_to(self.box))
+
 
 @dataclass(frozen=True, slots=True)
 class HeldTensor:
@@ -54,7 +60,7 @@ class HeldTensor:
         """
         for piece in self.pieces:
             if piece.box.contains(box):
-                return narrowed(piece.memory, box.relative_to(piece.box))
+                return piece.view(box)
         raise LookupError(f"{self.entry.fqn}: this rank does not hold {box}")
 
 

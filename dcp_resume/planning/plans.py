@@ -10,7 +10,7 @@ offset 0 and size 1.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, cast
@@ -199,6 +199,12 @@ class RankPlan:
     """``[n, D]``"""
     inline: Mapping[str, bytes]
     """Name → bytes of chunks that no tensor of this rank holds (shared values)."""
+
+    def rows(self) -> Iterator[tuple[int, str, list[int], list[int]]]:
+        """Each chunk's tensor, name in its file, offsets and sizes, in file order."""
+        keys = (key for file in self.files for key in file.keys)
+        boxes = (self.offsets.tolist(), self.sizes.tolist())
+        return zip(self.tensor.tolist(), keys, *boxes, strict=True)
 
     def to_bytes(self) -> bytes:
         """Serialise for its rank."""

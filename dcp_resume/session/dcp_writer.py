@@ -14,7 +14,7 @@ are taken from ``planner.lookup_object`` and encoded here.
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Literal
 
 import torch
@@ -34,7 +34,7 @@ from dcp_resume.manifest.models import TensorEntry, TrainerFacts
 from dcp_resume.planning.dcp_items import box_of_item, items_to_columns
 from dcp_resume.planning.declarations import Declarations
 from dcp_resume.planning.merge import merge
-from dcp_resume.planning.plans import LocalPlan, RankPlan, unpad_box
+from dcp_resume.planning.plans import LocalPlan, RankPlan
 from dcp_resume.planning.save_planner import ColumnarStorageMeta, columns_of
 from dcp_resume.planning.save_planner import SavePlanner as OurSavePlanner
 from dcp_resume.session.attempt import Attempt, Order
@@ -309,18 +309,20 @@ class _PlannerSource:
         for item in items:
             self._items.setdefault(item.index.fqn, {})[box_of_item(item)] = item
 
-    def chunk(self, plan: RankPlan, row: int, key: str) -> tuple[torch.Tensor, PlacedChunk]:
-        """One planned chunk, which the file holds under ``key``, and its memory."""
-        own = list(self._items.values())[int(plan.tensor[row])]
-        ndim = len(next(iter(own)).sizes)
-        box = unpad_box(plan.offsets[row], plan.sizes[row], ndim)
-        tensor = self._planner.resolve_data(own[box])
-        assert isinstance(tensor, torch.Tensor)
-        dtype = dtype_info(tensor.dtype).name
-        data = own[box].tensor_data
-        assert data is not None
-        line = ChunkHeader(key, dtype, box.sizes, box.offsets)
-        return tensor, PlacedChunk(line, tuple(data.size))
+    def chunks(self, plan: RankPlan) -> Iterator[tuple[torch.Tensor, PlacedChunk]]:
+        """Each planned chunk's memory, and its place, in the order of the plan."""
+        items = list(self._items.values())
+        for local, key, offsets, sizes in plan.rows():
+            own = items[local]
+            ndim = len(next(iter(own)).sizes)
+            box = Box(tuple(offsets[:ndim]), tuple(sizes[:ndim]))
+            tensor = self._planner.resolve_data(own[box])
+            assert isinstance(tensor, torch.Tensor)
+            dtype = dtype_info(tensor.dtype).name
+            data = own[box].tensor_data
+            assert data is not None
+            line = ChunkHeader(key, dtype, box.sizes, box.offsets)
+            yield tensor, PlacedChunk(line, tuple(data.size))
 
 
 def _source(plan: SavePlan, planner: SavePlanner) -> tuple[ChunkSource, dict[str, Any]]:
