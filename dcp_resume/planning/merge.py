@@ -15,7 +15,7 @@ import numpy as np
 from dcp_resume.format.digests import digest_bytes
 from dcp_resume.manifest.models import MeshEntry, TensorEntry
 from dcp_resume.planning.files import FileLayout, lay_out_files
-from dcp_resume.planning.merged_shapes import MergedShapes, merge_shapes
+from dcp_resume.planning.merged_shapes import LocalIds, MergedShapes, merge_shapes
 from dcp_resume.planning.plans import LocalPlan, PlanContents, RankPlan, leaves_entry
 from dcp_resume.planning.state import SHARED_LEAVES
 from dcp_resume.planning.table import Table
@@ -36,9 +36,8 @@ class GlobalPlan:
     num_values: Mapping[str, int]
     """Part → number of its non-tensor leaves."""
     layout: FileLayout
-    local_ids: tuple[Mapping[int, int], ...]
-    """Per rank: position in ``tensors`` → position in the rank's own structure; one mapping for
-    all ranks of one structure."""
+    local_ids: tuple[LocalIds, ...]
+    """Per rank; one for all ranks of one structure."""
     inline: Mapping[str, bytes]
     """FQN → bytes that the coordinator itself writes."""
 
@@ -50,7 +49,7 @@ class GlobalPlan:
         """
         held = {
             tuple(sorted({layer for g in ids if (layer := self.tensors[g].layer) is not None}))
-            for ids in {id(shared): shared for shared in self.local_ids}.values()
+            for ids in (held.held() for held in {id(i): i for i in self.local_ids}.values())
         }
         stages = sorted(layers for layers in held if layers)
         are_apart = sum(map(len, stages)) == len({layer for s in stages for layer in s})
@@ -59,14 +58,17 @@ class GlobalPlan:
     def rank_plan(self, rank: int) -> RankPlan:
         """The part of the plan that ``rank`` carries out."""
         files, file, rows = self.layout.of_rank(rank)
-        local = self.local_ids[rank]
-        tensor = self.layout.chunks.tensor[rows]
+        chunks = self.layout.chunks
+        tensor = chunks.tensor[rows]
+        local, renamed = self.local_ids[rank].find(tensor)
         return RankPlan(
             files=files,
             file=file,
-            tensor=np.asarray([local.get(t, -1) for t in tensor.tolist()], np.int32),
-            offsets=self.layout.chunks.offsets[rows],
-            sizes=self.layout.chunks.sizes[rows],
+            tensor=local,
+            ordinal=self.layout.ordinal[rows].astype(np.int32),
+            offsets=chunks.offsets[rows],
+            sizes=chunks.sizes[rows],
+            names={row: self.layout.fqns[tensor[row]] for row in renamed},
             inline=self.inline if rank == 0 else {},
         )
 

@@ -18,12 +18,12 @@ from dcp_resume.format.digests import digest_bytes
 from dcp_resume.format.dtypes import ITEMSIZES
 from dcp_resume.manifest.models import MeshEntry, TensorEntry
 from dcp_resume.planning.balance import assign_writers, share_rows
-from dcp_resume.planning.plans import PlanShape, resize
+from dcp_resume.planning.plans import PlanShape
 from dcp_resume.planning.replicas import Comparison, Holders, deduplicate, join_aliases
 from dcp_resume.planning.table import Table
 from dcp_resume.planning.union import Union, unite
 
-__all__ = ["MergedShapes", "merge_shapes"]
+__all__ = ["LocalIds", "MergedShapes", "merge_shapes"]
 
 I64 = npt.NDArray[np.int64]
 
@@ -31,6 +31,41 @@ CUT_BYTES = 4 * 1024 * 1024
 """A replicated chunk of this size or more is cut; below it one more chunk costs too much."""
 PIECES = 4
 """Of so many bytes, into this many pieces at most, however many ranks hold them."""
+
+
+@dataclass(frozen=True, slots=True)
+class LocalIds:
+    """Where the checkpoint's tensors are in a rank's own structure."""
+
+    position: npt.NDArray[np.int32]
+    """``[tensors]``; -1 for one that it lacks."""
+    is_renamed: npt.NDArray[np.bool_]
+    """``[tensors]`` whether it has the tensor under a further name alone."""
+
+    @classmethod
+    def of(cls, global_ids: Sequence[int], first: Mapping[int, int], num_tensors: int) -> LocalIds:
+        """Invert a structure's ids; a first name is found by a further one too."""
+        position = np.full(num_tensors, -1, np.int32)
+        is_renamed = np.zeros(num_tensors, bool)
+        for local, tensor in enumerate(global_ids):
+            if tensor in first:
+                position[first[tensor]], is_renamed[first[tensor]] = local, True
+        position[global_ids] = np.arange(len(global_ids))
+        is_renamed[global_ids] = False
+        return cls(position, is_renamed)
+
+    def held(self) -> list[int]:
+        """The tensors that the rank has."""
+        return np.flatnonzero(self.position >= 0).tolist()
+
+    def find(self, tensors: I64) -> tuple[npt.NDArray[np.int32], list[int]]:
+        """Positions of some tensors, and which of these go by another name on the rank.
+
+        Tensors beyond the ranks' own are the coordinator's values: -1, and by another name.
+        """
+        known = np.minimum(tensors, len(self.position))
+        local = np.append(self.position, np.int32(-1))[known]
+        return local, np.flatnonzero(np.append(self.is_renamed, True)[known]).tolist()
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,9 +80,8 @@ class MergedShapes:
     written: Table
     """Every chunk, with the rank that writes it."""
     comparison: Comparison
-    local_ids: tuple[Mapping[int, int], ...]
-    """Per rank: position in ``tensors`` → position in the rank's own structure; one mapping for
-    all ranks of one structure."""
+    local_ids: tuple[LocalIds, ...]
+    """Per rank; one for all ranks of one structure."""
 
 
 def merge_shapes(shapes: Sequence[PlanShape]) -> MergedShapes:
@@ -64,7 +98,10 @@ def merge_shapes(shapes: Sequence[PlanShape]) -> MergedShapes:
     named = join_aliases(table, evidence, tensors, union)
     unique, holders, comparison = deduplicate(named)
     _check_tiling(unique, named.tensors)
-    local_ids = {s: _local_ids(ids, named.first) for s, ids in union.global_ids.items()}
+    num_tensors = len(named.tensors)
+    local_ids = {
+        s: LocalIds.of(ids, named.first, num_tensors) for s, ids in union.global_ids.items()
+    }
     return MergedShapes(
         world_size=len(shapes),
         fingerprint=digest_bytes([shape.fingerprint for shape in shapes]),
@@ -74,12 +111,6 @@ def merge_shapes(shapes: Sequence[PlanShape]) -> MergedShapes:
         comparison=comparison,
         local_ids=tuple(local_ids[shape.structure] for shape in shapes),
     )
-
-
-def _local_ids(global_ids: Sequence[int], first: Mapping[int, int]) -> dict[int, int]:
-    """Position in the checkpoint → in the rank's structure; a first name also by a further one."""
-    local = {first[g]: n for n, g in enumerate(global_ids) if g in first}
-    return {**local, **{g: n for n, g in enumerate(global_ids)}}
 
 
 def _concatenate(shapes: Sequence[PlanShape], union: Union) -> tuple[Table, I64]:
@@ -93,12 +124,12 @@ def _concatenate(shapes: Sequence[PlanShape], union: Union) -> tuple[Table, I64]
         ids += own
     base = np.repeat([first[shape.structure] for shape in shapes], counts)
     width = max((shape.offsets.shape[1] for shape in shapes), default=1) + 1
-    narrow = width - 1
+    bounds = [0, *np.cumsum(counts).tolist()]
     table = Table(
         np.asarray(ids or [0], np.int64)[base + local] if len(local) else local.astype(np.int64),
         np.repeat([shape.rank for shape in shapes], counts),
-        resize(np.concatenate([resize(shape.offsets, narrow, 0) for shape in shapes]), width, 0),
-        resize(np.concatenate([resize(shape.sizes, narrow, 1) for shape in shapes]), width, 1),
+        _stacked([shape.offsets for shape in shapes], bounds, width, 0),
+        _stacked([shape.sizes for shape in shapes], bounds, width, 1),
     )
     evidence = np.full(len(local), -1, np.int64)
     starts = np.repeat(np.cumsum(counts) - counts, [len(shape.compared) for shape in shapes])
@@ -107,10 +138,20 @@ def _concatenate(shapes: Sequence[PlanShape], union: Union) -> tuple[Table, I64]
     return table, evidence
 
 
+def _stacked(matrices: Sequence[I64], bounds: Sequence[int], width: int, fill: int) -> I64:
+    """Matrices one below the other, widened by a filling; ``bounds`` are their rows."""
+    stacked = np.full((bounds[-1], width), fill, np.int64)
+    for matrix, start, stop in zip(matrices, bounds[:-1], bounds[1:], strict=True):
+        stacked[start:stop, : matrix.shape[1]] = matrix
+    return stacked
+
+
 def _place_per_rank(
     table: Table, tensors: tuple[TensorEntry, ...]
 ) -> tuple[Table, tuple[TensorEntry, ...]]:
     """Stack per-rank tensors along a new first dim, and line per-rank values up one by one."""
+    if all(entry.kind != "per_rank" for entry in tensors):
+        return table, tensors
     placed = list(tensors)
     offsets, sizes = table.offsets.copy(), table.sizes.copy()
     for position, entry in enumerate(tensors):
@@ -184,7 +225,7 @@ def _balance(
                 pieces.append(_cut(unique, row, holder, start, num_rows))
                 loads[holder] += num_rows * row_bytes
                 start += num_rows
-    kept = Table(unique.tensor, rank, unique.offsets, unique.sizes).take(whole)
+    kept = Table(unique.tensor, rank, unique.offsets, unique.sizes).where(whole)
     return Table.concatenate([kept, *pieces])
 
 

@@ -10,6 +10,7 @@ offset 0 and size 1.
 from __future__ import annotations
 
 import json
+import struct
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -18,7 +19,8 @@ from typing import Any, cast
 import numpy as np
 import numpy.typing as npt
 
-from dcp_resume.format.columns import Schema, pack_columns, unpack_columns
+from dcp_resume.errors import InvalidDocument, Problem
+from dcp_resume.format.columns import pack_columns, unpack_columns
 from dcp_resume.format.digests import digest_bytes
 from dcp_resume.manifest.boxes import Box
 from dcp_resume.manifest.models import MeshEntry, TensorEntry
@@ -29,12 +31,13 @@ __all__ = [
     "PlanContents",
     "PlanShape",
     "RankPlan",
+    "Structures",
+    "chunk_key",
     "decode_structure",
     "encode_structure",
     "leaves_entry",
     "pack_inline",
     "pad_boxes",
-    "resize",
     "unpack_inline",
     "unpad_box",
 ]
@@ -44,14 +47,8 @@ I64 = npt.NDArray[np.int64]
 _MAGIC = b"DCPRPLAN"
 _FORMAT = 1
 """Of what a fingerprint covers."""
-_SCHEMA: Schema = {
-    "structure": ("u1", ()),
-    "tensor": ("i4", ()),
-    "offsets": ("i8", ()),
-    "sizes": ("i8", ()),
-    "compared": ("i4", ()),
-    "contents": ("u1", ()),
-}
+_HEAD = struct.Struct("<8s7q")
+"""Magic, rank, world size, rows, width, and how many are compared; bytes of structure, contents."""
 _RANK_MAGIC = b"DCPRRANK"
 _INLINE_MAGIC = b"DCPRINLN"
 
@@ -71,13 +68,21 @@ def unpad_box(offsets: I64, sizes: I64, ndim: int) -> Box:
     return Box(tuple(offsets[:ndim].tolist()), tuple(sizes[:ndim].tolist()))
 
 
-def resize(matrix: I64, width: int, fill: int) -> I64:
-    """Widen an ``[n, d]`` matrix to ``[n, width]``."""
-    if matrix.shape[1] == width:
-        return matrix
-    wide = np.full((matrix.shape[0], width), fill, np.int64)
-    wide[:, : matrix.shape[1]] = matrix
-    return wide
+class Structures:
+    """Keeps each distinct structure once, so that thousands of equal ones are compared as one."""
+
+    def __init__(self) -> None:
+        self._last = b""
+        self._column = np.zeros(0, np.uint8)
+        self._known: dict[bytes, bytes] = {}
+
+    def one_of(self, structure: npt.NDArray[np.uint8]) -> bytes:
+        """The structure, in the same object for all that are equal."""
+        if not np.array_equal(structure, self._column):
+            found = structure.tobytes()
+            self._last = self._known.setdefault(found, found)
+            self._column = np.frombuffer(self._last, np.uint8)
+        return self._last
 
 
 @dataclass(frozen=True, eq=False)
@@ -135,43 +140,71 @@ class LocalPlan:
 
     def to_bytes(self) -> bytes:
         """Serialise for another rank."""
-        shape = self.shape
-        return pack_columns(
+        shape, contents = self.shape, self.contents.to_bytes()
+        columns = (shape.offsets, shape.sizes, shape.tensor, shape.compared)
+        head = _HEAD.pack(
             _MAGIC,
-            {
-                "structure": np.frombuffer(shape.structure, np.uint8),
-                "tensor": shape.tensor,
-                "offsets": shape.offsets.reshape(-1),
-                "sizes": shape.sizes.reshape(-1),
-                "compared": shape.compared,
-                "contents": np.frombuffer(self.contents.to_bytes(), np.uint8),
-            },
-            {
-                "rank": shape.rank,
-                "world_size": shape.world_size,
-                "width": int(shape.offsets.shape[1]),
-            },
+            shape.rank,
+            shape.world_size,
+            *shape.offsets.shape,
+            len(shape.compared),
+            len(shape.structure),
+            len(contents),
         )
+        return b"".join([head, *(c.tobytes() for c in columns), shape.structure, contents])
 
     @classmethod
-    def from_bytes(cls, data: bytes) -> LocalPlan:
-        """Read what ``to_bytes`` wrote.
+    def from_bytes(
+        cls, data: bytes | memoryview, structures: Structures | None = None
+    ) -> LocalPlan:
+        """Read what ``to_bytes`` wrote; thousands of ranks' are read in one go.
+
+        Args:
+            data: Of one rank.
+            structures: Of ranks that were read before; by default there are none.
 
         Raises:
             InvalidDocument: The bytes are no local plan.
         """
-        meta, columns = unpack_columns(_MAGIC, data, "local plan", _SCHEMA)
-        matrix = (len(columns["tensor"]), int(meta["width"]))
+        rank, world_size, rows, width, *lengths = _read_head(data)
+        columns: list[npt.NDArray[Any]] = []
+        position = _HEAD.size
+        for dtype, count in zip(
+            ("<i8", "<i8", "<i4", "<i4", "u1"),
+            (rows * width, rows * width, rows, *lengths[:2]),
+            strict=True,
+        ):
+            columns.append(np.frombuffer(data, dtype, count, position))
+            position += columns[-1].nbytes
+        offsets, sizes, tensor, compared, structure = columns
         shape = PlanShape(
-            rank=int(meta["rank"]),
-            world_size=int(meta["world_size"]),
-            structure=columns["structure"].tobytes(),
-            tensor=columns["tensor"],
-            offsets=columns["offsets"].reshape(matrix),
-            sizes=columns["sizes"].reshape(matrix),
-            compared=columns["compared"],
+            rank=rank,
+            world_size=world_size,
+            structure=(structures or Structures()).one_of(structure),
+            tensor=tensor,
+            offsets=offsets.reshape(rows, width),
+            sizes=sizes.reshape(rows, width),
+            compared=compared,
         )
-        return cls(shape, PlanContents.from_bytes(columns["contents"].tobytes()))
+        return cls(shape, PlanContents.from_bytes(bytes(data[position:])))
+
+
+def _read_head(data: bytes | memoryview) -> tuple[int, ...]:
+    """Numbers of a local plan that add up to its length."""
+    if len(data) >= _HEAD.size:
+        magic, *numbers = _HEAD.unpack_from(data)
+        _, _, rows, width, compared, structure, contents = numbers
+        size = _HEAD.size + rows * (16 * width + 4) + 4 * compared + structure + contents
+        if magic == _MAGIC and min(numbers) >= 0 and size == len(data):
+            return tuple(numbers)
+    message = f"{len(data)} bytes that begin with {bytes(data[:8])!r} are no local plan"
+    problem = Problem("local plan", "header", message)
+    raise InvalidDocument(f"{message}; use one version of dcp_resume", problems=(problem,))
+
+
+def chunk_key(fqn: str, ordinal: int) -> str:
+    """Name of a chunk in its file."""
+    return fqn if ordinal < 0 else f"{fqn}#{ordinal}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -180,8 +213,6 @@ class FilePlan:
 
     name: str
     part: str
-    keys: tuple[str, ...]
-    """Per chunk its name in the file, in file order."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -193,30 +224,43 @@ class RankPlan:
     """``[n]`` position of each chunk's file in ``files``; ascending, in file order."""
     tensor: npt.NDArray[np.int32]
     """``[n]`` position in the rank's own structure; -1 for bytes in ``inline``."""
+    ordinal: npt.NDArray[np.int32]
+    """``[n]`` number behind the chunk's name in its file; -1 for none."""
     offsets: I64
     """``[n, D]`` box, as the catalog will say it."""
     sizes: I64
     """``[n, D]``"""
+    names: Mapping[int, str]
+    """Chunk → FQN, of those that are not stored under their tensor's own."""
     inline: Mapping[str, bytes]
     """Name → bytes of chunks that no tensor of this rank holds (shared values)."""
 
-    def rows(self) -> Iterator[tuple[int, str, list[int], list[int]]]:
-        """Each chunk's tensor, name in its file, offsets and sizes, in file order."""
-        keys = (key for file in self.files for key in file.keys)
-        boxes = (self.offsets.tolist(), self.sizes.tolist())
-        return zip(self.tensor.tolist(), keys, *boxes, strict=True)
+    def rows(self, fqns: Sequence[str]) -> Iterator[tuple[int, str, list[int], list[int]]]:
+        """Each chunk's tensor, name in its file, offsets and sizes, in file order.
+
+        Args:
+            fqns: Of the tensors of the rank's own structure.
+        """
+        tensors = self.tensor.tolist()
+        names = [fqns[tensor] if tensor >= 0 else "" for tensor in tensors]
+        for row, name in self.names.items():
+            names[row] = name
+        keys = map(chunk_key, names, self.ordinal.tolist())
+        return zip(tensors, keys, self.offsets.tolist(), self.sizes.tolist(), strict=True)
 
     def to_bytes(self) -> bytes:
         """Serialise for its rank."""
         meta: dict[str, Any] = {
             "width": int(self.offsets.shape[1]),
-            "files": [[f.name, f.part, list(f.keys)] for f in self.files],
+            "files": [[f.name, f.part] for f in self.files],
+            "names": list(self.names.items()),
         }
         return pack_columns(
             _RANK_MAGIC,
             {
                 "file": self.file,
                 "tensor": self.tensor,
+                "ordinal": self.ordinal,
                 "offsets": self.offsets.reshape(-1),
                 "sizes": self.sizes.reshape(-1),
                 "inline": np.frombuffer(pack_inline(self.inline), np.uint8),
@@ -235,6 +279,7 @@ class RankPlan:
         schema = {
             "file": ("i4", ()),
             "tensor": ("i4", ()),
+            "ordinal": ("i4", ()),
             "offsets": ("i8", ()),
             "sizes": ("i8", ()),
             "inline": ("u1", ()),
@@ -244,11 +289,13 @@ class RankPlan:
         meta = json.loads(columns["meta"].tobytes())
         shape = (len(columns["tensor"]), int(meta["width"]))
         return cls(
-            files=tuple(FilePlan(name, part, tuple(keys)) for name, part, keys in meta["files"]),
+            files=tuple(FilePlan(name, part) for name, part in meta["files"]),
             file=columns["file"],
             tensor=columns["tensor"],
+            ordinal=columns["ordinal"],
             offsets=columns["offsets"].reshape(shape),
             sizes=columns["sizes"].reshape(shape),
+            names=dict(meta["names"]),
             inline=unpack_inline(columns["inline"].tobytes()),
         )
 

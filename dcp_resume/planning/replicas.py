@@ -193,10 +193,9 @@ def deduplicate(named: Named) -> tuple[Table, Holders, Comparison]:
     place[order[starts]] = np.arange(len(starts))
     is_first = np.zeros(len(order), bool)
     is_first[order[starts]] = True
-    kept = np.flatnonzero(is_first)
-    groups = place[kept]
+    groups = place[is_first]
     holders = Holders(named.table.rank[order], starts[groups], counts[groups])
-    return named.table.take(kept), holders, _comparison(named, order, starts, counts)
+    return named.table.where(is_first), holders, _comparison(named, order, starts, counts)
 
 
 def _comparison(named: Named, order: I64, starts: I64, counts: I64) -> Comparison:

@@ -312,7 +312,7 @@ class _PlannerSource:
     def chunks(self, plan: RankPlan) -> Iterator[tuple[torch.Tensor, PlacedChunk]]:
         """Each planned chunk's memory, and its place, in the order of the plan."""
         items = list(self._items.values())
-        for local, key, offsets, sizes in plan.rows():
+        for local, key, offsets, sizes in plan.rows(list(self._items)):
             own = items[local]
             ndim = len(next(iter(own)).sizes)
             box = Box(tuple(offsets[:ndim]), tuple(sizes[:ndim]))

@@ -23,6 +23,7 @@ from dcp_resume.planning.plans import (
     LocalPlan,
     PlanContents,
     RankPlan,
+    Structures,
     pack_inline,
     unpack_inline,
 )
@@ -114,7 +115,9 @@ class PlanMemory:
             ReplicaMismatch: Assumed replicas, tied tensors, or values without a declaration differ.
         """
         if ballots[0][:1] == _NEW:
-            return self._merge.merge([LocalPlan.from_bytes(ballot[1:]) for ballot in ballots])
+            structures = Structures()
+            bodies = (memoryview(ballot)[1:] for ballot in ballots)
+            return self._merge.merge([LocalPlan.from_bytes(body, structures) for body in bodies])
         return self._merge.renew(
             [PlanContents.from_bytes(ballot[1 + DIGEST_BYTES :]) for ballot in ballots]
         )

@@ -19,6 +19,7 @@ from dcp_resume.manifest.boxes import Box
 from dcp_resume.planning.held import HeldTensor
 from dcp_resume.planning.padding import logical_shape
 from dcp_resume.planning.plans import RankPlan
+from dcp_resume.planning.state import PER_RANK_LEAVES
 from dcp_resume.session.staging import BufferPool, StagedFile, borrow_chunks, stage_chunks
 from dcp_resume.session.tensor_digests import TensorDigests, digest_row_major
 from dcp_resume.storage import ObjectStore
@@ -78,7 +79,9 @@ class RankSource:
     def chunks(self, plan: RankPlan) -> Iterator[tuple[torch.Tensor, PlacedChunk]]:
         """Each planned chunk's memory, and its place, in the order of the plan."""
         own = list(self.per_rank_leaves.values())
-        for local, key, offsets, sizes in plan.rows():
+        fqns = [held.entry.fqn for held in self.tensors]
+        fqns += [PER_RANK_LEAVES + part for part in self.per_rank_leaves]
+        for local, key, offsets, sizes in plan.rows(fqns):
             if local < 0:
                 yield _leaves_chunk(key, offsets, sizes, plan.inline[key])
                 continue
