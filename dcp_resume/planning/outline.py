@@ -53,7 +53,9 @@ class Leaf:
         found = (self.path, local.shape, local.dtype, local.layout, local.device.type)
         if type(self.value) is not DTensor:
             return found
-        return (*found, self.value.shape, self.value.placements, self.value.device_mesh)
+        mesh = self.value.device_mesh
+        place = mesh.get_coordinate()  # a mesh does not say of itself where this rank is on it
+        return (*found, self.value.shape, self.value.placements, mesh, place)
 
 
 @dataclass(frozen=True, slots=True)

@@ -13,10 +13,13 @@ import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
+from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from dcp_resume import CheckpointManager, Declarations, RngState, SaveMode, Settings
 from dcp_resume.errors import RankErrors, ReplicaMismatch
 from dcp_resume.events import Event, PlanAgreed, StepReached, subscribe
+from dcp_resume.planning.outline import OutlineMemory
+from dcp_resume.planning.state import describe_state
 from tests.support.damage import small_files
 
 pytestmark = pytest.mark.ranks
@@ -244,6 +247,23 @@ def test_saves_that_fail_in_between_leave_no_stale_plan(ranks, tmp_path):
         assert outcomes == [(3, [1]), (5, [1]), (7, [2])]
         # Saves 1, 2, 4, 5, 6, 7, 8: the third failed before anything was agreed.
         assert told == [False, True, True, False, False, False, False]
+
+
+def describe_as_two_ranks() -> list[list[Any]]:
+    """One process, which a new process group gives another rank on an equal mesh."""
+    memory, found = OutlineMemory(), []
+    for rank in (1, 2):
+        dist.destroy_process_group()
+        dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=4)
+        mesh = DeviceMesh("cpu", [0, 1, 2, 3], mesh_dim_names=("dp",))
+        tensor = DTensor.from_local(torch.ones(2, 3), mesh, [Shard(0)], run_check=False)
+        described = describe_state({"w": tensor}, Declarations(), memory)
+        found.append([piece.box.offsets for piece in described.tensors[0].pieces])
+    return found
+
+
+def test_another_rank_on_an_equal_mesh(ranks):
+    assert ranks.run(describe_as_two_ranks, 1) == [[[(2, 0)], [(4, 0)]]]
 
 
 def save_generators(root: str) -> list[bool]:
