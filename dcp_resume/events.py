@@ -26,6 +26,7 @@ __all__ = [
     "NoticeSourceFailed",
     "OrphanEnded",
     "PhaseFinished",
+    "PlanAgreed",
     "PreemptionFinished",
     "PreemptionNoticed",
     "RetentionFailed",
@@ -79,6 +80,16 @@ class PhaseFinished(Event):
     rank: int
     duration_s: float
     num_bytes: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PlanAgreed(Event):
+    """The ranks agreed who writes what."""
+
+    step: int
+    rank: int
+    is_remembered: bool
+    """Whether an earlier save's plan serves, because no rank's structure has changed."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -40,6 +40,7 @@ from dcp_resume.session.attempt import Run
 from dcp_resume.session.documents import Facts
 from dcp_resume.session.load import LoadOptions, LoadResult, Located, locate
 from dcp_resume.session.ownership import own_run
+from dcp_resume.session.plan_memory import PlanMemory
 from dcp_resume.session.quarantining import Damage, give_up
 from dcp_resume.session.ranks import Ranks
 from dcp_resume.session.run_log import RunLog
@@ -111,6 +112,7 @@ class CheckpointManager:
         )
         self._ranks = Ranks()
         self._pool = BufferPool()
+        self._memory = PlanMemory()
         self._background = ThreadPoolExecutor(1, "dcp-resume-save")
         self._retention = Retention(self.settings.retention_policy)
         self._run: Run | None = None
@@ -163,6 +165,7 @@ class CheckpointManager:
             facts=collect_facts(self._given, step, chosen),
             declarations=declarations_of(self.settings.declarations, chosen),
             tensor_digests=self.settings.tensor_digests,
+            memory=self._memory,
         )
         is_blocking = self.settings.mode is SaveMode.BLOCKING
         pool = None if is_blocking else self._pool
@@ -380,6 +383,7 @@ class CheckpointManager:
             options,
             self.settings,
             collect_facts(self._given, 0, state),
+            self._memory,
             changed,
         )
         saved_by = result.world_size

@@ -26,6 +26,7 @@ from dcp_resume.planning.ties import Ties
 from dcp_resume.session.documents import Facts
 from dcp_resume.session.load import LoadOptions, LoadResult, LoadSession, Located
 from dcp_resume.session.opening import OpenedCheckpoint
+from dcp_resume.session.plan_memory import PlanMemory
 from dcp_resume.session.votes import Votes
 from dcp_resume.storage import ObjectStore
 
@@ -40,6 +41,7 @@ def load_located(
     options: LoadOptions,
     settings: Settings,
     facts: Facts,
+    memory: PlanMemory,
     changed: Collection[str] = (),
 ) -> LoadResult:
     """Open, compare, read, and hand the values to the trainer's objects.
@@ -52,6 +54,7 @@ def load_located(
         options: How strictly to load.
         settings: Of the manager.
         facts: What the trainer says of itself now.
+        memory: Of the manager's plans.
         changed: Tensors that a damaged checkpoint changed; this one must hold them.
 
     Raises:
@@ -79,7 +82,8 @@ def load_located(
         bound = bind_state(wanted, options.parts)
         bounds.append(bound)
         declarations = declarations_of(settings.declarations, wanted)
-        return describe_state(bound.targets(_stored(session, declarations)), declarations)
+        targets = bound.targets(_stored(session, declarations))
+        return describe_state(targets, declarations, memory.outline)
 
     def differences(opened: OpenedCheckpoint, values: Mapping[str, object]) -> Iterable[ReportItem]:
         yield from bounds[0].differences(values, _paths(session.state))

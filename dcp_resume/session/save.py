@@ -26,12 +26,14 @@ from dataclasses import dataclass
 from typing import Any
 
 from dcp_resume.errors import CommitUnknown, ConfigurationError, RankSilent, StorageError
-from dcp_resume.events import CheckpointCommitted, PhaseFinished, StepReached, emit
+from dcp_resume.events import CheckpointCommitted, PhaseFinished, PlanAgreed, StepReached, emit
 from dcp_resume.planning.declarations import Declarations
-from dcp_resume.planning.plans import LocalPlan, local_plan, per_rank_leaves
+from dcp_resume.planning.local_plans import local_plan
+from dcp_resume.planning.plans import LocalPlan
 from dcp_resume.planning.state import LocalState, describe_state
-from dcp_resume.session.attempt import Attempt, RankOrder, Run
+from dcp_resume.session.attempt import Attempt, Order, Run
 from dcp_resume.session.documents import Facts
+from dcp_resume.session.plan_memory import TELL_ALL, PlanMemory
 from dcp_resume.session.staging import BufferPool
 from dcp_resume.session.tensor_digests import TensorDigests
 from dcp_resume.session.votes import Votes
@@ -70,6 +72,7 @@ class SaveSession:
         facts: For the manifest; the coordinator's count.
         declarations: What the caller knows of its leaves.
         tensor_digests: Whether to record a digest of each tensor; the coordinator's word counts.
+        memory: Of earlier saves of the run; by default there is none.
     """
 
     def __init__(
@@ -81,6 +84,7 @@ class SaveSession:
         facts: Facts,
         declarations: Declarations | None = None,
         tensor_digests: TensorDigests = TensorDigests.OMIT,
+        memory: PlanMemory | None = None,
     ) -> None:
         self._run = run
         self._votes = votes
@@ -88,11 +92,17 @@ class SaveSession:
         self._facts = facts
         self._declarations = declarations or Declarations()
         self._tensor_digests = tensor_digests
+        self._memory = memory or PlanMemory()
         self._started = time.monotonic()
-        self._order: RankOrder | None = None  # known after step 1
+        self._order: Order | None = None  # known after step 1
         self._staged: StagedRank | None = None  # known after step 2
         self._failure: Exception | None = None  # of step 2, told to all ranks in step 4
         self._attempt: Attempt | None = None  # known after step 1, on the coordinator
+
+    @property
+    def _head(self) -> bytes:
+        """Of each ballot."""
+        return self._step.to_bytes(8, "little")
 
     @property
     def num_bytes(self) -> int:
@@ -118,23 +128,34 @@ class SaveSession:
         """
         self._reach(1)
         started = time.monotonic()
-        described: list[LocalState] = []
+        memory, offered = self._memory, list[tuple[LocalState, LocalPlan]]()
 
         def offer() -> bytes:
             leaves = state() if callable(state) else state
-            described.append(describe_state(leaves, self._declarations))
+            described = describe_state(leaves, self._declarations, memory.outline)
             rank, world_size = self._votes.rank, self._votes.world_size
-            plan = local_plan(described[0], rank, world_size, self._declarations)
-            return self._step.to_bytes(8, "little") + plan.to_bytes()
+            plan = local_plan(described, rank, world_size, self._declarations, memory.offer)
+            offered.append((described, plan))
+            return self._head + memory.ballot(plan)
 
-        self._order = RankOrder.from_bytes(self._votes.round("agree", offer, self._begin))
+        answer = self._votes.round("agree", offer, self._begin)
+        described, plan = offered[0]
+        if answer == TELL_ALL:
+            answer = self._votes.round(
+                "agree in full", lambda: self._head + memory.full_ballot(plan), self._begin
+            )
+        self._order = Order.from_bytes(answer)
+        told = answer[Order.NUM_BYTES :]
+        rank_plan = memory.learn(told, plan)
         self._finish_phase("plan", started, 0)
+        is_remembered = memory.is_remembered(told)
+        emit(PlanAgreed(step=self._step, rank=self._votes.rank, is_remembered=is_remembered))
 
         self._reach(2)
         started = time.monotonic()
-        source = RankSource(described[0].tensors, per_rank_leaves(described[0]))
+        source = RankSource(described.tensors, described.per_rank_leaves)
         try:
-            self._staged = stage_rank(self._order.plan, source, pool)
+            self._staged = stage_rank(rank_plan, source, pool)
         except Exception as error:
             # The others are past this step: they hear of it, with its cause, when they report.
             self._failure = error
@@ -185,9 +206,13 @@ class SaveSession:
                 f"save() on every rank with the same step",
                 option="step",
             )
-        plans = [LocalPlan.from_bytes(ballot[8:]) for ballot in ballots]
-        self._attempt = Attempt.begin(self._run, plans, self._step, self._tensor_digests)
-        return [self._attempt.order(rank).to_bytes() for rank in range(len(ballots))]
+        told = [ballot[8:] for ballot in ballots]
+        if not self._memory.can_merge(told):
+            return [TELL_ALL] * len(ballots)
+        plan = self._memory.merge(told)
+        self._attempt = Attempt.begin(self._run, plan, self._step, self._tensor_digests)
+        order = self._attempt.order.to_bytes()
+        return [order + answer for answer in self._memory.answers(told, plan)]
 
     # Step 3, every rank.
 

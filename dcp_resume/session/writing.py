@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -18,7 +18,8 @@ from dcp_resume.format.position_digest import PositionDigest
 from dcp_resume.manifest.boxes import Box
 from dcp_resume.planning.held import HeldTensor
 from dcp_resume.planning.padding import logical_shape
-from dcp_resume.planning.plans import RankPlan, unpad_box
+from dcp_resume.planning.plans import RankPlan
+from dcp_resume.planning.state import PER_RANK_LEAVES
 from dcp_resume.session.staging import BufferPool, StagedFile, borrow_chunks, stage_chunks
 from dcp_resume.session.tensor_digests import TensorDigests, digest_row_major
 from dcp_resume.storage import ObjectStore
@@ -62,8 +63,8 @@ class PlacedChunk:
 class ChunkSource(Protocol):
     """Where a rank's plan finds its bytes."""
 
-    def chunk(self, plan: RankPlan, row: int, key: str) -> tuple[torch.Tensor, PlacedChunk]:
-        """One planned chunk, which the file holds under ``key``, and its memory."""
+    def chunks(self, plan: RankPlan) -> Iterator[tuple[torch.Tensor, PlacedChunk]]:
+        """Each planned chunk's memory, and its place, in the order of the plan."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,34 +73,38 @@ class RankSource:
 
     tensors: Sequence[HeldTensor]
     """In the order of the rank's structure."""
-    per_rank_leaves: dict[str, bytes]
+    per_rank_leaves: Mapping[str, bytes]
     """Part → packed per-rank values; their entries follow the tensors in the structure."""
 
-    def chunk(self, plan: RankPlan, row: int, key: str) -> tuple[torch.Tensor, PlacedChunk]:
-        """One planned chunk, which the file holds under ``key``, and its memory."""
-        local = int(plan.tensor[row])
-        if local < 0:
-            return _leaves_chunk(plan, row, key, plan.inline[key])
-        if local >= len(self.tensors):
-            part = list(self.per_rank_leaves)[local - len(self.tensors)]
-            return _leaves_chunk(plan, row, key, self.per_rank_leaves[part])
-        held = self.tensors[local]
-        entry = held.entry
-        is_stacked = entry.kind == "per_rank"
-        ndim = len(entry.global_shape) + is_stacked
-        box = unpad_box(plan.offsets[row], plan.sizes[row], ndim)
-        line = ChunkHeader(key, entry.dtype, box.sizes, box.offsets)
-        if is_stacked:
-            return held.pieces[0].memory.unsqueeze(0), PlacedChunk(line)
-        return held.view(box), PlacedChunk(line, logical_shape(entry))
+    def chunks(self, plan: RankPlan) -> Iterator[tuple[torch.Tensor, PlacedChunk]]:
+        """Each planned chunk's memory, and its place, in the order of the plan."""
+        own = list(self.per_rank_leaves.values())
+        fqns = [held.entry.fqn for held in self.tensors]
+        fqns += [PER_RANK_LEAVES + part for part in self.per_rank_leaves]
+        for local, key, offsets, sizes in plan.rows(fqns):
+            if local < 0:
+                yield _leaves_chunk(key, offsets, sizes, plan.inline[key])
+                continue
+            if local >= len(self.tensors):
+                yield _leaves_chunk(key, offsets, sizes, own[local - len(self.tensors)])
+                continue
+            held = self.tensors[local]
+            entry = held.entry
+            is_stacked = entry.kind == "per_rank"
+            ndim = len(entry.global_shape) + is_stacked
+            box = Box(tuple(offsets[:ndim]), tuple(sizes[:ndim]))
+            line = ChunkHeader(key, entry.dtype, box.sizes, box.offsets)
+            if is_stacked:
+                yield held.pieces[0].memory.unsqueeze(0), PlacedChunk(line)
+            else:
+                yield held.view(box), PlacedChunk(line, logical_shape(entry))
 
 
 def _leaves_chunk(
-    plan: RankPlan, row: int, key: str, data: bytes
+    key: str, offsets: Sequence[int], sizes: Sequence[int], data: bytes
 ) -> tuple[torch.Tensor, PlacedChunk]:
-    box = unpad_box(plan.offsets[row], plan.sizes[row], 1)
     view = torch.frombuffer(bytearray(data), dtype=torch.uint8)
-    return view, PlacedChunk(ChunkHeader(key, "uint8", box.sizes, box.offsets))
+    return view, PlacedChunk(ChunkHeader(key, "uint8", tuple(sizes[:1]), tuple(offsets[:1])))
 
 
 @dataclass(slots=True)
@@ -132,11 +137,9 @@ def stage_rank(plan: RankPlan, source: ChunkSource, pool: BufferPool | None) -> 
         pool: Buffers to copy into; None to use the tensors' own memory, which must then stay as it
             is until the files are written.
     """
-    keys = [key for file in plan.files for key in file.keys]
     views: list[list[torch.Tensor]] = [[] for _ in plan.files]
     chunks: list[list[PlacedChunk]] = [[] for _ in plan.files]
-    for row, (file, key) in enumerate(zip(plan.file.tolist(), keys, strict=True)):
-        view, chunk = source.chunk(plan, row, key)
+    for file, (view, chunk) in zip(plan.file.tolist(), source.chunks(plan), strict=True):
         views[file].append(view)
         chunks[file].append(chunk)
     return StagedRank(
