@@ -9,23 +9,13 @@ from functools import partial
 from types import MappingProxyType, TracebackType
 from typing import Any, Self
 
-from dcp_resume.errors import (
-    ConfigurationError,
-    InvalidCheckpoint,
-    LoadRefused,
-    PartialLoad,
-    UnsupportedFormat,
-)
+from dcp_resume.errors import ConfigurationError
 from dcp_resume.events import SaveFailed, emit
-from dcp_resume.manager.choosing import (
-    Request,
-    find_commit,
-    resume_source,
-    uncovered,
-)
+from dcp_resume.manager.choosing import Request, find_commit, resume_source
 from dcp_resume.manager.facts import collect_facts
 from dcp_resume.manager.loading import load_located
 from dcp_resume.manager.pending import PendingSave, refuse_if_busy
+from dcp_resume.manager.resuming import load_newest_whole
 from dcp_resume.manager.retention import Retention
 from dcp_resume.manager.settings import SaveMode, Settings, WhenBusy
 from dcp_resume.manager.stateful import Bound, bind_state, choose_state, declarations_of
@@ -283,43 +273,14 @@ class CheckpointManager:
             StorageError: The store failed.
         """
         self.wait()
-        changed: set[str] = set()
-        failure: Damage | None = None
-        while True:
-            choose = partial(
-                resume_source,
-                request=step,
-                settings=self.settings,
-                url=self._store.url,
-                failure=failure,
-            )
-            source = self._own(choose).opened.resume_source
-            if source is None:
-                return None
-            located = locate(
-                self._votes(0),
-                lambda seq=source: Located.of(  # type: ignore[misc]
-                    CommitEntry(seq, self._log.history.commits[seq])
-                ),
-            )
-            try:
-                return self._load(located, state, self.settings.load, changed)
-            except UnsupportedFormat:
-                raise  # not damaged: another version of this library can read it
-            except LoadRefused as error:
-                if not changed:
-                    raise
-                raise uncovered(changed, f"the older one does not fit the state: {error}") from (
-                    error
-                )
-            except (InvalidCheckpoint, PartialLoad) as error:
-                is_whole = isinstance(error, PartialLoad) and not error.problems
-                if step != "latest" or is_whole:
-                    raise
-                changed.update(getattr(error, "written_fqns", ()))
-                if failure is None or not isinstance(failure, PartialLoad):
-                    failure = error
-                give_up(self._store, self._log, self._votes(0), located, error)
+        return load_newest_whole(
+            step,
+            partial(self._take_over, step),
+            lambda located, changed: self._load(located, state, self.settings.load, changed),
+            lambda located, damage: give_up(
+                self._store, self._log, self._votes(0), located, damage
+            ),
+        )
 
     def close(self) -> None:
         """Wait for the running save, and release the store.
@@ -355,6 +316,22 @@ class CheckpointManager:
         votes = self._votes(0)
         self._run = own_run(self._store, self._log, votes, choose, is_probed=self._run is not None)
         return self._run
+
+    def _take_over(self, request: Request, damage: Damage | None) -> Located | None:
+        choose = partial(
+            resume_source,
+            request=request,
+            settings=self.settings,
+            url=self._store.url,
+            failure=damage,
+        )
+        source = self._own(choose).opened.resume_source
+        if source is None:
+            return None
+        return locate(
+            self._votes(0),
+            lambda: Located.of(CommitEntry(source, self._log.history.commits[source])),
+        )
 
     def _finish_previous(self, step: int) -> None:
         if self._pending is not None and self.settings.when_busy is WhenBusy.REFUSE:
