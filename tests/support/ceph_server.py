@@ -15,7 +15,8 @@ import time
 import uuid
 from pathlib import Path
 
-from tests.support.s3_server import S3Server, answers, free_ports, kill
+from tests.support.free_ports import free_ports
+from tests.support.s3_server import S3Server, answers, kill
 
 __all__ = ["PACKAGES", "CephServer"]
 

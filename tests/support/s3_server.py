@@ -21,6 +21,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+from tests.support.free_ports import free_ports
+
 __all__ = ["S3Server"]
 
 _ACCESS_KEY, _SECRET_KEY = "test", "testtest"
@@ -187,14 +189,6 @@ def _arguments(directory: Path, address: str, port: int, *others: int) -> list[s
         "-s3.port.lance=0",
         *(f"-{name}={number}" for name, number in zip(names, others, strict=True)),
     ]
-
-
-def free_ports(count: int) -> list[int]:
-    with contextlib.ExitStack() as stack:
-        sockets = [stack.enter_context(socket.socket()) for _ in range(count)]
-        for one in sockets:
-            one.bind(("127.0.0.1", 0))
-        return [one.getsockname()[1] for one in sockets]
 
 
 def answers(port: int, address: str = "127.0.0.1") -> bool:

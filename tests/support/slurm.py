@@ -17,6 +17,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import Self
 
+from tests.support.free_ports import free_ports
+
 __all__ = ["Slurm", "missing_programs"]
 
 _PROGRAMS = ("slurmctld", "slurmd", "sbatch", "munged", "setpriv")
@@ -75,11 +77,12 @@ class Slurm:
     def __enter__(self) -> Self:
         try:
             self._start_munge()
+            port, node_port = free_ports(2)
             configuration = _CONFIGURATION.format(
                 host=socket.gethostname().partition(".")[0],
                 directory=self._directory,
-                port=_free_port(),
-                node_port=_free_port(),
+                port=port,
+                node_port=node_port,
             )
             (self._directory / "slurm.conf").write_text(configuration)
             for name in ("state", "spool"):
@@ -156,9 +159,3 @@ class Slurm:
                 daemon.kill()
                 daemon.wait()
         shutil.rmtree(self._directory, ignore_errors=True)
-
-
-def _free_port() -> int:
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return listener.getsockname()[1]

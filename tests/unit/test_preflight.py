@@ -15,7 +15,7 @@ from dcp_resume.session.preflight import Need, PreflightReport, Verdict, run_pre
 from dcp_resume.session.votes import LonelyVotes
 from dcp_resume.storage.posix_store import PosixStore
 from tests.support.damage import flip, small_files
-from tests.support.s3_server import free_ports
+from tests.support.free_ports import free_ports
 
 NAMES = ["reach", "log", "create", "read back", "clock", "space", "ranks", "versions", "delete"]
 HOUR_S = 3600.0

@@ -28,7 +28,7 @@ from dcp_resume.cli.main import main
 from dcp_resume.errors import ConfigurationError, DcpResumeError
 from dcp_resume.session.error_wire import encode_error
 from dcp_resume.session.incarnation import forget_incarnations
-from tests.support.s3_server import free_ports
+from tests.support.free_ports import free_ports
 
 SECRET = "wJalr/XUtn+FEMI/K7MDENG=never"
 TOKEN = "FwoGZXIvYXdzEBY-never"
