@@ -10,7 +10,7 @@ export OMP_NUM_THREADS ?= 1
 .DEFAULT_GOAL := help
 .PHONY: help setup demo demo-s3 test test-ranks test-s3 test-ceph test-all lint check ci
 .PHONY: campaign campaign-bit-flips campaign-hosts campaign-power-cut
-.PHONY: campaign-preemption fuzz docs-lint docker-lint
+.PHONY: campaign-preemption fuzz docs-lint docker-lint site package-check
 
 help:  ## list the verbs
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / {printf "  make %-20s %s\n", $$1, $$2}' Makefile
@@ -74,11 +74,24 @@ lint:  ## format, lint, types, layers
 
 check: lint test  ## before every commit
 
-ci: lint docker-lint test-all  ## what CI runs
+ci: lint docker-lint site test-all  ## what CI runs
 
 docs-lint:  ## every link, table and Python block of the documents
 	$(PYTEST) tests/docs
 
-docker-lint:  ## the Dockerfile and the compose file
+docker-lint:  ## the Dockerfile, the compose file, the Kubernetes and Slurm jobs
 	$(BIN)hadolint docker/Dockerfile
 	$(BIN)check-jsonschema --builtin-schema vendor.compose-spec docker/compose.yaml
+	$(BIN)kubernetes-validate --strict --quiet docker/kubernetes/job.yaml
+	$(BIN)shellcheck docker/slurm/train.sbatch
+
+site:  ## the documents as a web site, in site/
+	NO_MKDOCS_2_WARNING=1 $(PY) -m mkdocs build --quiet --strict
+
+package-check:  ## wheel and sdist; the wheel in a fresh environment: the command, and the demo
+	rm -rf dist build .venv-package
+	$(PY) -m build --outdir dist
+	$(PYTHON) -m venv .venv-package
+	.venv-package/bin/pip install -q -c constraints.txt "dcp-resume[demo,cli] @ file://$(CURDIR)/$$(ls dist/*.whl)"
+	cd /tmp && $(CURDIR)/.venv-package/bin/dcp-resume --help > /dev/null
+	.venv-package/bin/python examples/demo.py
