@@ -50,14 +50,14 @@ class Seat:
 
 @dataclass(frozen=True)
 class Trap:
-    """A signal that a rank sends to itself, at the ``count``-th call of a file from a save on."""
+    """Where a rank dies or is stopped: at the ``count``-th call of a file from a save on."""
 
     rank: int
     save: int
     """Which save of the round, from 0."""
     file: str
     count: int
-    signal: signal.Signals
+    is_deadly: bool
 
 
 @dataclass(frozen=True)
@@ -192,7 +192,9 @@ class _Incarnation:
             self._left -= 1
             if self._left == 0:
                 self._report("trapped", name=f"{file}:{line}")
-                os.kill(os.getpid(), trap.signal)  # to die, or to sleep until woken
+                if trap.is_deadly:
+                    os.kill(os.getpid(), signal.SIGKILL)
+                self._pipe.recv()  # the campaign stops the whole process here, and wakes it
 
 
 def read_always(limit_s: float, log_path: str, pipe: Connection) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import random
-import signal
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum
@@ -103,8 +102,7 @@ def _draw_trap(rng: random.Random, calls: Calls, side: Side, fate: Fate) -> Trap
     made = calls[rank, save]
     aim = rng.choice(_AIMS)
     file = rng.choice(sorted(file for file in made if file.startswith(aim)) or sorted(made))
-    sign = signal.SIGSTOP if fate is Fate.STOPPED else signal.SIGKILL
-    return Trap(rank, save, file, 1 + int(rng.random() * made[file]), sign)
+    return Trap(rank, save, file, 1 + int(rng.random() * made[file]), fate is Fate.KILLED)
 
 
 def older_step(steps: Sequence[int], choice: float) -> int | None:

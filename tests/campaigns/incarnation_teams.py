@@ -103,21 +103,24 @@ class Team:
         """The trap has sprung: hit the other ranks too, if they are to be."""
         self.trapped_s = float(self.all("trapped")[0]["at_s"])
         victims = range(WORLD_SIZE) if is_whole else (trap.rank,)
-        if trap.signal == signal.SIGKILL:
+        if trap.is_deadly:
             for number in victims:
                 self.ranks[number].process.kill()
             self.dead.update(victims)
             return
         for number in victims:
-            os.kill(self.ranks[number].process.pid or 0, trap.signal)
+            os.kill(self.ranks[number].process.pid or 0, signal.SIGSTOP)
         self.asleep.update(victims)
+        self._waiting = self.ranks[trap.rank]
 
     def wake(self) -> None:
         """Let those that sleep go on."""
+        if not self.asleep:
+            return
+        self._waiting.pipe.send("awake")
+        self.woken_s = time.monotonic()
         for number in self.asleep:
             os.kill(self.ranks[number].process.pid or 0, signal.SIGCONT)
-        if self.asleep:
-            self.woken_s = time.monotonic()
         self.asleep.clear()
 
     def tell(self, word: str) -> None:

@@ -118,7 +118,7 @@ def run_incarnations(
             store = stack.enter_context(
                 contextlib.closing(open_store(place.url, storage_options=place.storage_options))
             )
-            run = _Run(stage, place, Chronicle(store), result, deadline_s)
+            run = _Run(stage, place, Chronicle(store), result, deadline_s, tell)
             stage.reader.turn_to(place)
             for _ in range(min(_ROUNDS_PER_RUN, num_rounds - result.kinds.total())):
                 # Drawn apart, so that one draw more or less does not change all that follow.
@@ -166,7 +166,9 @@ class _Run:
         chronicle: Chronicle,
         result: Incarnations,
         deadline_s: float,
+        tell: Callable[[str], None],
     ) -> None:
+        self._tell = tell
         self.chronicle = chronicle
         self._stage = stage
         self._place = place
@@ -183,13 +185,16 @@ class _Run:
             self._perform(plan, parts, first, second)
             self._stage.close_round()
         except Hang as error:
+            self._learn_writers(parts, (first, second))
             found = [Finding("hang", f"{error}: {first.disband()}\n{second.disband()}")]
         else:
             found = self._judge(parts, (first, second))
             self._note(parts[0].request, first, second)
         asked = "latest" if parts[0].request == "latest" else "rollback"
         self._result.kinds[f"{asked}, first {plan.fate.value}"] += 1
-        self._result.findings += [(number, one) for one in found]
+        for one in found:
+            self._result.findings.append((number, one))
+            self._tell(f"round {number}: {one.kind}: {one.text}")
         for team in (first, second):
             if team.ranks and not team.is_fit:
                 team.disband()
@@ -241,11 +246,14 @@ class _Run:
             lambda: react() or (first.is_quiet and second.is_quiet and not first.asleep)
         )
 
-    def _judge(self, parts: tuple[Part, Part], teams: tuple[Team, Team]) -> list[Finding]:
-        chronicle, reader = self.chronicle, self._stage.reader
+    def _learn_writers(self, parts: tuple[Part, Part], teams: tuple[Team, Team]) -> None:
         for part, team in zip(parts, teams, strict=True):
             if team.generation:
-                chronicle.writers[team.generation] = part.writer
+                self.chronicle.writers[team.generation] = part.writer
+
+    def _judge(self, parts: tuple[Part, Part], teams: tuple[Team, Team]) -> list[Finding]:
+        chronicle, reader = self.chronicle, self._stage.reader
+        self._learn_writers(parts, teams)
         found = chronicle.read_on()
         last_seq, newest = len(chronicle.records), chronicle.newest[-1]
         self._stage.hear_until(
@@ -323,8 +331,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     document = result.document()
     _print_table(document)
-    for finding in document["findings"]:
-        print(*finding)
     if arguments.json:
         arguments.json.write_text(json.dumps(document, indent=2) + "\n")
     return 1 if result.findings else 0
