@@ -286,7 +286,7 @@ class _Run:
             places = [
                 report["name"] for report in first.all("place") if report["at_s"] < first.trapped_s
             ]
-            result.trapped[places[-1]] += 1
+            result.trapped[places[-1] if places else "agree"] += 1
         if request != "latest" and 0 < first.generation < second.generation:
             result.num_rollbacks_kept += 1  # or where the successor went on from is a finding
         older, newer = sorted((first, second), key=lambda team: team.generation)
