@@ -223,7 +223,8 @@ def _read_on(
                 label = _shown(state.label())
                 span = [before.last_seq, after.last_seq]
                 generations = [before.generation, after.generation]
-                report("read", span=span, live=generations, latest=latest, seq=seq, label=label)
+                facts = {"live": generations, "latest": latest, "seq": seq, "label": label}
+                report("read", url=part.url, span=span, **facts)
             faulthandler.cancel_dump_traceback_later()
 
 

@@ -37,6 +37,7 @@ from tests.campaigns.incarnation_rounds import MAX_SAVES, Fate, Plan, draw_round
 from tests.campaigns.incarnation_teams import Hang, Stage, Team
 from tests.campaigns.judging import Finding
 from tests.campaigns.places import Place, Places
+from tests.campaigns.speakers import Report
 
 __all__ = ["Incarnations", "run_incarnations"]
 
@@ -260,10 +261,10 @@ class _Run:
             lambda: (
                 newest is None
                 or reader.is_settled
-                or any(read["span"][0] >= last_seq for read in reader.all("read"))
+                or any(read["span"][0] >= last_seq for read in self._reads())
             )
         )
-        reads = reader.all("read")
+        reads = self._reads()
         self._result.num_reads += len(reads)
         found += judge_reads(chronicle, reads)
         found += [
@@ -279,6 +280,10 @@ class _Run:
             is_newest = team.generation == chronicle.live[-1]
             found += judge_team(chronicle, part, team, is_newest=is_newest)
         return found
+
+    def _reads(self) -> list[Report]:
+        """Of this run: some of the one before may still have been under way."""
+        return [read for read in self._stage.reader.all("read") if read["url"] == self._place.url]
 
     def _note(self, request: int | str, first: Team, second: Team) -> None:
         result = self._result
