@@ -14,10 +14,8 @@ import argparse
 import contextlib
 import json
 import random
-import shutil
 import statistics
 import sys
-import tempfile
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -29,14 +27,13 @@ from dcp_resume.storage import open_store
 from tests.campaigns.audit import audit
 from tests.campaigns.judging import Finding, Start
 from tests.campaigns.kills import Census, Plan, draw_plan
-from tests.campaigns.supervisor import Place, Supervisor
-from tests.support.s3_server import S3Server
+from tests.campaigns.places import Places
+from tests.campaigns.supervisor import Supervisor
 
 __all__ = ["Campaign", "run_campaign", "take_census"]
 
 _STARTS_PER_RUN = 20
 _SERVER_SHARE = 0.25
-_BUCKET = "campaign"
 
 
 @dataclass
@@ -110,7 +107,7 @@ def run_campaign(
     campaign = Campaign(seed, storage, deadline_s)
     began_s = time.monotonic()
     with contextlib.ExitStack() as stack:
-        places = _Places(stack, storage)
+        places = Places(stack, storage)
         patient = Supervisor(places.new(), deadline_s=limit_s / 2, limit_s=limit_s)
         census, span_s = take_census(patient)
         while len(campaign.starts) < num_kills:
@@ -156,30 +153,6 @@ def _note(campaign: Campaign, findings: Sequence[Finding], tell: Callable[[str],
     for finding in findings:
         campaign.findings.append((len(campaign.starts), finding))
         tell(f"start {len(campaign.starts)}: {finding.kind}: {finding.text}")
-
-
-class _Places:
-    """Fresh roots for runs."""
-
-    def __init__(self, stack: contextlib.ExitStack, storage: str) -> None:
-        self._count = 0
-        self._server: S3Server | None = None
-        self._root = Path(tempfile.mkdtemp(prefix="campaign-runs-"))
-        stack.callback(shutil.rmtree, self._root, ignore_errors=True)
-        if storage == "s3":
-            self._server = stack.enter_context(S3Server())
-            self._server.make_bucket(_BUCKET)
-
-    def new(self) -> Place:
-        self._count += 1
-        if self._server is None:
-            return Place(str(self._root / str(self._count)))
-        url = f"s3://{_BUCKET}/{self._count}"
-        return Place(url, self._server.storage_options, self._server)
-
-    def forget(self, place: Place) -> None:
-        if place.server is None:
-            shutil.rmtree(place.url, ignore_errors=True)
 
 
 def _print_table(document: dict[str, Any]) -> None:

@@ -7,20 +7,15 @@ got exactly the state of that step. World sizes differ between starts: every res
 from __future__ import annotations
 
 import faulthandler
-import json
 import os
 import random
 import signal
-import sys
-import threading
-import time
 import traceback
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from datetime import timedelta
 from multiprocessing.connection import Connection
-from types import FrameType
 from typing import Any
 
 import torch
@@ -31,6 +26,8 @@ from torch.distributed.tensor import DTensor, Shard
 from dcp_resume import CheckpointManager, SaveMode, Settings, events
 from dcp_resume.errors import DcpResumeError
 from dcp_resume.storage import RetryPolicy
+from tests.campaigns.calls import watch_calls
+from tests.campaigns.speakers import Reports
 
 __all__ = ["KEEP", "Orders", "SelfKill", "run_rank"]
 
@@ -70,20 +67,11 @@ class Orders:
     """Whether calls are counted by file, for later kills."""
 
 
-class _Reports:
-    """Tells the supervisor; a report that was sent outlives a SIGKILL."""
+class _Job(Reports):
+    """Reports what the campaign needs of the library's events, too."""
 
-    def __init__(self, pipe: Connection) -> None:
-        self._pipe = pipe
-        self._lock = threading.Lock()
-
-    def __call__(self, what: str, **facts: Any) -> None:
-        data = json.dumps({"what": what, "at_s": time.monotonic(), **facts}).encode()
-        with self._lock:
-            self._pipe.send_bytes(data)
-
-    def subscriber(self, event: events.Event) -> None:
-        """Passes on what the campaign needs of the library's events."""
+    def hear(self, event: events.Event) -> None:
+        """Subscribed to them."""
         if isinstance(event, events.StepReached):
             names = {1: "agree", 2: "stage", 3: "write", 4: "commit", 5: "learn"}
             self("place", name=f"save: {names[event.number]}")
@@ -100,7 +88,7 @@ class _Reports:
 
 def run_rank(orders: Orders, pipe: Connection) -> None:
     """Main function of a rank's process."""
-    report = _Reports(pipe)
+    report = _Job(pipe)
     with open(orders.log_path, "w") as log:
         faulthandler.dump_traceback_later(orders.limit_s, exit=True, file=log)
         try:
@@ -112,7 +100,7 @@ def run_rank(orders: Orders, pipe: Connection) -> None:
     os._exit(0)
 
 
-def _join(orders: Orders, report: _Reports) -> None:
+def _join(orders: Orders, report: _Job) -> None:
     os.environ["GLOO_SOCKET_IFNAME"] = "lo"
     torch.set_num_threads(1)
     timeout = timedelta(seconds=orders.limit_s)
@@ -126,7 +114,7 @@ def _join(orders: Orders, report: _Reports) -> None:
     dist.init_process_group("gloo", store=store, rank=rank, world_size=world_size, timeout=timeout)
 
 
-def _train(orders: Orders, report: _Reports) -> None:
+def _train(orders: Orders, report: _Job) -> None:
     rng = random.Random(orders.seed)  # alike on all ranks
     is_blocking = rng.random() < 0.5
     settings = Settings(
@@ -137,11 +125,11 @@ def _train(orders: Orders, report: _Reports) -> None:
         retry=RetryPolicy(deadline_s=orders.deadline_s),
     )
     state = _State()
-    events.subscribe(report.subscriber)
+    events.subscribe(report.hear)
     checkpoints = CheckpointManager(orders.url, settings)
     report("ready", is_blocking=is_blocking)
     calls: Counter[str] = Counter()
-    _watch_calls(orders, calls, report)
+    _watch(orders, calls, report)
     try:
         step = _resume(checkpoints, state, report)
         for _ in range(rng.randint(2, 5)):
@@ -163,7 +151,7 @@ def _train(orders: Orders, report: _Reports) -> None:
     signal.pause()  # at rest, until it is killed
 
 
-def _resume(checkpoints: CheckpointManager, state: _State, report: _Reports) -> int:
+def _resume(checkpoints: CheckpointManager, state: _State, report: _Job) -> int:
     report("place", name="resume")
     result = checkpoints.resume(state.leaves)
     step = result.step if result else 0
@@ -208,27 +196,20 @@ def _whole_at(step: int) -> torch.Tensor:
     return numbers + 1000 * step  # below 2 ** 24: exact
 
 
-def _watch_calls(orders: Orders, calls: Counter[str], report: _Reports) -> None:
-    """Look at every call that the library makes, also into C: between any two it may die."""
+def _watch(orders: Orders, calls: Counter[str], report: Reports) -> None:
     kill = orders.kill if orders.kill and orders.kill.rank == orders.rank else None
     if kill is None and not orders.is_counting:
         return
     left = kill.count if kill else 0
 
-    def look(frame: FrameType, event: str, argument: object) -> None:
+    def see(file: str, line: int) -> None:
         nonlocal left
-        if event not in ("call", "c_call"):
-            return
-        _, is_ours, file = frame.f_code.co_filename.rpartition("/dcp_resume/")
-        if not is_ours:
-            return
         if orders.is_counting:
             calls[file] += 1
         if kill is not None and file == kill.file:
             left -= 1
             if left == 0:
-                report("dying", name=f"{file}:{frame.f_lineno}")
+                report("dying", name=f"{file}:{line}")
                 os.kill(os.getpid(), signal.SIGKILL)
 
-    threading.setprofile(look)
-    sys.setprofile(look)
+    watch_calls(see)

@@ -5,16 +5,15 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Protocol
 
 from tests.campaigns.kills import Plan
+from tests.campaigns.speakers import Report
 
-__all__ = ["ENDINGS", "Finding", "Report", "Start", "judge"]
+__all__ = ["ENDINGS", "Finding", "Start", "judge"]
 
 ENDINGS = frozenset({"finished", "error", "untyped"})
 """The last report of a rank that was not killed."""
-
-Report = dict[str, Any]
 
 
 class Witness(Protocol):

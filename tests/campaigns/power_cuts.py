@@ -29,7 +29,8 @@ from tests.campaigns.audit import audit
 from tests.campaigns.crashes import take_census
 from tests.campaigns.judging import Finding
 from tests.campaigns.kills import Plan, draw_plan
-from tests.campaigns.supervisor import Place, Supervisor
+from tests.campaigns.places import Place
+from tests.campaigns.supervisor import Supervisor
 from tests.support.ext4_disk import CannotMount, Cut, Ext4Disk, in_memory
 
 __all__ = ["PowerCuts", "run_power_cuts"]

@@ -1,82 +1,35 @@
-"""One start of the job under a supervisor: it kills by plan, hears reports, judges them.
-
-Ranks are forked from a server that has torch loaded, so that a start takes tenths of a second.
-"""
+"""One start of the job under a supervisor: it kills by plan, hears reports, judges them."""
 
 from __future__ import annotations
 
-import json
 import math
-import multiprocessing
-import os
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator
 from datetime import timedelta
-from multiprocessing.connection import wait
 from pathlib import Path
-from typing import Any
 
 import torch.distributed as dist
 
 from tests.campaigns.job import Orders, run_rank
-from tests.campaigns.judging import ENDINGS, Finding, Report, Start, judge
+from tests.campaigns.judging import ENDINGS, Finding, Start, judge
 from tests.campaigns.kills import Plan
-from tests.support.s3_server import S3Server
+from tests.campaigns.places import Place
+from tests.campaigns.speakers import Speaker, hear_once, prepare_fork_server
 
-__all__ = ["Place", "Supervisor"]
+__all__ = ["Supervisor"]
 
-_PRELOAD = ["torch", "torch.distributed", "s3fs", "tests.campaigns.job"]
 _LATE_S = 10.0
 """How much longer than a rank's own watchdog the supervisor waits."""
 
 
-@dataclass(frozen=True)
-class Place:
-    """Where the job's run lies."""
-
-    url: str
-    storage_options: Mapping[str, Any] = field(default_factory=dict)
-    server: S3Server | None = None
-    """The server to kill."""
-
-
-class Rank:
-    """One rank's process, and what it said so far."""
+class Rank(Speaker):
+    """One rank's process."""
 
     def __init__(self, orders: Orders) -> None:
-        context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload(_PRELOAD)
-        self.pipe, theirs = context.Pipe(duplex=False)
+        super().__init__(run_rank, (orders,), ENDINGS)
         self.log = Path(orders.log_path)
         self.rank = orders.rank
-        self.reports: list[Report] = []
-        self.is_settled = False
-        self.process = context.Process(target=run_rank, args=(orders, theirs), daemon=True)
-        self.process.start()
-        theirs.close()
-
-    def hear(self) -> Report | None:
-        """The next report; None once the process has ended."""
-        try:
-            report: Report = json.loads(self.pipe.recv_bytes())
-        except (EOFError, ConnectionResetError):
-            self.is_settled = True
-            return None
-        self.reports.append(report)
-        self.is_settled = report["what"] in ENDINGS
-        return report
-
-    def all(self, what: str) -> list[Report]:
-        return [report for report in self.reports if report["what"] == what]
-
-    def end(self) -> None:
-        while not self.is_settled and self.pipe.poll():
-            self.hear()
-        self.process.kill()
-        self.process.join()
-        self.pipe.close()
 
 
 class Supervisor:
@@ -89,10 +42,7 @@ class Supervisor:
     """
 
     def __init__(self, place: Place, *, deadline_s: float, limit_s: float) -> None:
-        # Each TCPStore client asks DNS for the name of its peer; where nobody answers, that takes
-        # 5 s. The fork server and the ranks inherit this.
-        os.environ["RES_OPTIONS"] = "attempts:0"
-        os.environ["TORCH_CPP_LOG_LEVEL"] = "FATAL"
+        prepare_fork_server()
         self._place = place
         self._deadline_s = deadline_s
         self._limit_s = limit_s
@@ -181,7 +131,7 @@ class Supervisor:
     def _hear_for(self, duration_s: float, ranks: list[Rank]) -> None:
         end_s = time.monotonic() + duration_s
         while time.monotonic() < end_s:
-            _hear_once(ranks, end_s - time.monotonic())
+            hear_once(ranks, end_s - time.monotonic())
 
     def _hear(self, ranks: list[Rank], is_enough: Callable[[], bool]) -> bool:
         """Hear reports until it is enough; False if it never is, or not before the limit."""
@@ -190,11 +140,5 @@ class Supervisor:
             left_s = end_s - time.monotonic()
             if left_s <= 0 or all(rank.is_settled for rank in ranks):
                 return False
-            _hear_once(ranks, left_s)
+            hear_once(ranks, left_s)
         return True
-
-
-def _hear_once(ranks: list[Rank], timeout_s: float) -> None:
-    by_pipe: dict[Any, Rank] = {rank.pipe: rank for rank in ranks if not rank.is_settled}
-    for pipe in wait(list(by_pipe), timeout_s):
-        by_pipe[pipe].hear()
