@@ -128,7 +128,7 @@ def run_incarnations(
             result.findings += [(result.kinds.total(), found) for found in audit(store)]
             result.num_commits += len(run.chronicle.commits)
             result.num_opens += len(run.chronicle.sources)
-            places.forget(place)
+            # The run stays until the end: the reader may be in the middle of a load of it.
             tell(f"{result.kinds.total()} rounds, {len(result.findings)} findings")
     result.duration_s = time.monotonic() - began_s
     return result
