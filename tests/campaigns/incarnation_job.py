@@ -157,6 +157,7 @@ class _Incarnation:
                 self._acknowledge(checkpoints.pending.result())
             self._report("paused", calls=self._calls if part.is_counting else [])
             if self._pipe.recv() == AGAIN:
+                self._left = 0  # the round is over: a trap that did not spring is taken up
                 state.become(Label(part.writer, step + 1))
                 self._acknowledge(checkpoints.save(step + 1, state.leaves).result())
 
