@@ -17,6 +17,7 @@ import fsspec
 from fsspec.asyn import get_loop
 
 from dcp_resume.errors import ConfigurationError
+from dcp_resume.storage.memory_body import MemoryBody
 
 __all__ = [
     "FileSystem",
@@ -208,7 +209,7 @@ async def _note_open(*_: object) -> None:
 
 
 def _http_session() -> type:
-    """Aiobotocore's HTTP session, without the repetition that aiohttp makes on its own.
+    """Aiobotocore's HTTP session: memory is sent without a copy, and nothing is sent twice.
 
     aiohttp sends a PUT again, in silence, when the connection broke before the answer came. The
     retry policy would not learn that an exclusive create may have happened, and would report the
@@ -230,6 +231,11 @@ def _http_session() -> type:
             if trace not in session.trace_configs:
                 session.trace_configs.append(trace)
             return session
+
+        async def send(self, request: Any) -> Any:
+            if isinstance(request.body, MemoryBody):
+                request.body = request.body.slices()  # the headers hold its length already
+            return await super().send(request)
 
     return Session
 

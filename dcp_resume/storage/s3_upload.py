@@ -14,6 +14,7 @@ from typing import Any, Protocol
 
 from dcp_resume.errors import KeyNotFound, StorageError
 from dcp_resume.storage.concurrency import for_each
+from dcp_resume.storage.memory_body import MemoryBody
 from dcp_resume.storage.object_store import check_size
 from dcp_resume.storage.retry import Operation
 from dcp_resume.storage.s3_client import S3Client
@@ -32,7 +33,7 @@ _MARK = "dcp-resume-upload"
 """Metadata name under which an upload leaves a token, to recognise its own object by."""
 
 
-def crc32_header(data: bytes) -> str:
+def crc32_header(data: bytes | memoryview) -> str:
     """Checksum that the server verifies on receipt, as ``x-amz-checksum-crc32`` wants it."""
     return base64.b64encode(zlib.crc32(data).to_bytes(4, "big")).decode()
 
@@ -73,7 +74,11 @@ async def upload(
     if len(content) <= _PART_BYTES:
         body = await content.take(0, len(content))
         await client.request(
-            operation, "put_object", Key=key, Body=body, ChecksumCRC32=crc32_header(body)
+            operation,
+            "put_object",
+            Key=key,
+            Body=MemoryBody(body),
+            ChecksumCRC32=crc32_header(body),
         )
     else:
         await _Multipart(client, operation, key, content).run()
@@ -124,7 +129,7 @@ class _Multipart:
             Key=self._key,
             UploadId=upload_id,
             PartNumber=number,
-            Body=body,
+            Body=MemoryBody(body),
             ChecksumCRC32=checksum,
         )
         self._parts[number] = {
@@ -177,8 +182,8 @@ class _Content(Protocol):
     def __len__(self) -> int:
         """Bytes in all."""
 
-    async def take(self, start: int, stop: int) -> bytes:
-        """A range as ``bytes``, the only thing that aiobotocore sends."""
+    async def take(self, start: int, stop: int) -> memoryview:
+        """A range in one piece."""
 
 
 class _Streamed:
@@ -194,12 +199,12 @@ class _Streamed:
     def __len__(self) -> int:
         return self._size
 
-    async def take(self, start: int, stop: int) -> bytes:
+    async def take(self, start: int, stop: int) -> memoryview:
         """The next ``stop - start`` bytes; in a thread, because the buffers may come from afar."""
         async with self._turn:
             return await asyncio.to_thread(self._next, stop - start, stop == self._size)
 
-    def _next(self, length: int, is_last: bool) -> bytes:
+    def _next(self, length: int, is_last: bool) -> memoryview:
         body = bytearray()
         while len(body) < length:
             if not len(self._rest):
@@ -214,7 +219,7 @@ class _Streamed:
             body += piece
         if is_last and (len(self._rest) or any(map(len, self._buffers))):
             raise ValueError(f"the buffers give more than {self._size} bytes")
-        return bytes(body)
+        return memoryview(body)
 
 
 class _Joined:
@@ -227,13 +232,16 @@ class _Joined:
     def __len__(self) -> int:
         return self._ends[-1] if self._ends else 0
 
-    async def take(self, start: int, stop: int) -> bytes:
-        """Copy a range out; a large one in a thread, so that others can be sent meanwhile."""
-        is_large = stop - start >= _MIB
-        return await asyncio.to_thread(self.cut, start, stop) if is_large else self.cut(start, stop)
+    async def take(self, start: int, stop: int) -> memoryview:
+        """A range; in place where one buffer holds it, else copied together."""
+        pieces = self._pieces(start, stop)
+        if len(pieces) == 1:
+            return pieces[0]
+        if stop - start < _MIB:
+            return memoryview(b"".join(pieces))
+        return memoryview(await asyncio.to_thread(b"".join, pieces))
 
-    def cut(self, start: int, stop: int) -> bytes:
-        """Copy a range out."""
+    def _pieces(self, start: int, stop: int) -> list[memoryview]:
         pieces = []
         index = bisect_right(self._ends, start)
         while start < stop:
@@ -243,4 +251,4 @@ class _Joined:
             pieces.append(piece)
             start += len(piece)
             index += 1
-        return b"".join(pieces)
+        return pieces

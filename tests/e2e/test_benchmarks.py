@@ -50,3 +50,25 @@ def test_the_coordinators_part_of_a_save_is_measured_by_number_of_ranks(tmp_path
     small, large = json.loads(result.read_text())
     assert (small["ranks"], large["ranks"]) == (2, 16)
     assert large["index_bytes"] > small["index_bytes"]
+
+
+@pytest.mark.s3
+def test_our_store_stands_beside_other_clients_of_s3(tmp_path):
+    result = tmp_path / "result.json"
+    run = subprocess.run(
+        [
+            sys.executable,
+            *f"-m benchmarks.s3 --mebibytes 20 --repetitions 1 --json {result}".split(),
+        ],
+        capture_output=True,
+        text=True,
+        timeout=240,
+    )
+    assert run.returncode == 0, run.stderr[-3000:]
+
+    samples = json.loads(result.read_text())["samples"]
+    assert {"dcp_resume", "boto3"} <= {sample["library"] for sample in samples}
+    for sample in samples:
+        assert sample["limit"]["cpu_seconds"] > 0
+        moved = sample["cost"]["written_bytes" if sample["operation"] == "up" else "read_bytes"]
+        assert moved >= 20 << 20

@@ -6,6 +6,7 @@ and nothing left that no rule collects; `docs/explanation/faults.md` has the tab
 
 from __future__ import annotations
 
+import math
 import time
 import uuid
 from collections.abc import Iterator
@@ -23,6 +24,8 @@ from dcp_resume.errors import (
     StorageUnavailable,
 )
 from dcp_resume.events import StorageRetried, subscribe
+from dcp_resume.session.litter import find_litter, remove_litter
+from dcp_resume.session.run_log import RunLog
 from dcp_resume.storage import open_store
 from tests.support.fault_proxy import Fault, FaultProxy
 from tests.support.inspection import Found, look_at
@@ -60,7 +63,10 @@ class Job:
         return time.monotonic() + DEADLINE_S * (self.proxy.num_harmed // TRIES)
 
     def look(self) -> Found:
+        """After a cleaning: a create that nobody waited for any more may have come late."""
         with closing(open_store(self._url, storage_options=self._server.storage_options)) as store:
+            log = RunLog(store)
+            remove_litter(store, log, find_litter(store, log, until_s=math.inf))
             return look_at(store)
 
 
