@@ -37,7 +37,7 @@ def main() -> None:
     payload = num_bytes(SIZES[arguments.size])
     print(table(samples, payload))
     if arguments.json:
-        write_json(arguments.json, samples, payload)
+        write_json(arguments.json, arguments.size, samples, payload)
     if arguments.plot:
         plot(arguments.plot, samples)
 

@@ -58,9 +58,10 @@ def _ratio(sample: Sample) -> float:
     return sample.cost.seconds / sample.limit.seconds
 
 
-def write_json(path: Path, samples: Sequence[Sample], payload_bytes: int) -> None:
+def write_json(path: Path, size: str, samples: Sequence[Sample], payload_bytes: int) -> None:
     """Every sample, and where it was measured."""
     document = {
+        "size": size,
         "payload_bytes": payload_bytes,
         "torch": torch.__version__,
         "python": platform.python_version(),

@@ -2,18 +2,20 @@
 
 A range is a whole number of digest blocks, so that it can be proved alone. An overlap that is one
 run of bytes in the chunk and in the target is copied as bytes and may be cut anywhere; any other
-is cut into groups of whole rows along the chunk's outermost dim whose rows fit a read, and adjacent
-groups may read their shared block twice.
+is cut into groups of whole rows along the chunk's outermost dim whose rows fit a read. A row whose
+wanted part is one run on both sides can itself be cut as bytes.
 
 Merge rule: two ranges of one file become one read if the gap between them is at most ``max_gap``
-and the read stays within ``max_bytes``; a run of bytes larger than that is cut, and one that begins
-in the last block of a full read is cut where that read ends, so that no block is read twice.
+and the read stays within ``max_bytes``; a run of bytes larger than that is cut, and what begins in
+the last block of a full read is cut where that read ends, so that its block is not read twice.
 """
 
 from __future__ import annotations
 
+import heapq
 import itertools
 import math
+from bisect import bisect_left, bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
@@ -86,6 +88,9 @@ class _Need:
     start: int
     stop: int
     copy: Copy
+    place: ChunkPlace
+    dim: int = 0
+    """Of a box, along which its rows lie."""
 
 
 def _is_one_run(sizes: Sequence[int], box: Sequence[int]) -> bool:
@@ -131,7 +136,7 @@ def _needs(overlap: Overlap, place: ChunkPlace, max_bytes: int) -> list[_Need]:
             ),
             sizes=(*lead, rows, *box.sizes[dim + 1 :]),
         )
-        needs.append(_Need(begin, begin + rows * _row_bytes(place, dim), copy))
+        needs.append(_Need(begin, begin + rows * _row_bytes(place, dim), copy, place, dim))
     return needs
 
 
@@ -152,7 +157,7 @@ def _byte_needs(overlap: Overlap, place: ChunkPlace, max_bytes: int) -> list[_Ne
         limit = place.begin + ((position - place.begin) // max_bytes + 1) * max_bytes
         stop = min(source + length, limit)
         copy = BytesCopy(overlap.target, position, target + position - source, stop - position)
-        needs.append(_Need(position, stop, copy))
+        needs.append(_Need(position, stop, copy, place))
         position = stop
     return needs
 
@@ -182,7 +187,7 @@ def plan_reads(
         by_file.setdefault(place.file, []).extend(_needs(overlap, place, max_bytes))
     reads: list[Read] = []
     for file in sorted(by_file):
-        needs = sorted(by_file[file], key=lambda need: (need.start, need.stop))
+        needs = by_file[file]
         reads.extend(_merge(file, needs, bounds[file], max_gap=max_gap, max_bytes=max_bytes))
     return reads
 
@@ -198,21 +203,25 @@ def _merge(
     reads: list[Read] = []
     copies: list[Copy] = []
     first = last = -1
-    firsts = np.searchsorted(bounds, [need.start for need in needs], side="right") - 1
-    lasts = np.searchsorted(bounds, [need.stop for need in needs], side="left")
-    for need, low, high in zip(needs, firsts.tolist(), lasts.tolist(), strict=True):
+    edges: list[int] = bounds.tolist()
+    waiting = [(need.start, need.stop, number, need) for number, need in enumerate(needs)]
+    heapq.heapify(waiting)  # by position; what is cut off comes back at its own
+    numbers = itertools.count(len(waiting))
+    while waiting:
+        start, stop, _, need = heapq.heappop(waiting)
+        low, high = bisect_right(edges, start) - 1, bisect_left(edges, stop)
         if copies:
-            is_near = int(bounds[low]) - int(bounds[last]) <= max_gap
-            fits = int(bounds[high]) - int(bounds[first]) <= max_bytes
+            is_near = edges[low] - edges[last] <= max_gap
+            fits = edges[high] - edges[first] <= max_bytes
             if high <= last or (is_near and fits):
                 last = max(last, high)
                 copies.append(need.copy)
                 continue
-            if low < last and isinstance(need.copy, BytesCopy):  # else its block is read twice
-                head, tail = _cut(need.copy, int(bounds[last]))
-                copies.append(head)
-                reads.append(_read(file, first, last, copies, bounds))
-                first, last, copies = last, high, [tail]
+            if low < last and _can_be_cut(need):  # else its block is read twice
+                head, tail = _cut(need, edges[last])
+                copies += head
+                for rest in tail:
+                    heapq.heappush(waiting, (rest.start, rest.stop, next(numbers), rest))
                 continue
             reads.append(_read(file, first, last, copies, bounds))
         first, last, copies = low, high, [need.copy]
@@ -227,8 +236,64 @@ def _read(
     return Read(file, int(bounds[first]), int(bounds[last]), first, tuple(copies))
 
 
-def _cut(copy: BytesCopy, at: int) -> tuple[BytesCopy, BytesCopy]:
-    """Two copies for one, cut at a position in the file."""
+def _can_be_cut(need: _Need) -> bool:
+    """Whether each row of a box is one run, wherever it comes from and goes to."""
+    behind = slice(need.dim + 1, None)
+    return isinstance(need.copy, BytesCopy) or (
+        _is_one_run(need.place.sizes[behind], need.copy.sizes[behind])
+        and _is_one_run(need.place.target_sizes[behind], need.copy.sizes[behind])
+    )
+
+
+def _cut(need: _Need, at: int) -> tuple[list[Copy], list[_Need]]:
+    """The copies before a position in the file, and what is needed behind it."""
+    if isinstance(need.copy, BytesCopy):
+        return _cut_bytes(need.copy, at, need.place)
+    num_rows = need.copy.sizes[need.dim]
+    row, is_across = divmod(at - need.start, _row_bytes(need.place, need.dim))
+    head: list[Copy] = [_rows(need, 0, row).copy] if row else []
+    if not is_across:
+        return head, [_rows(need, row, num_rows)]
+    before, behind = _cut_bytes(_row_run(_rows(need, row, row + 1)), at, need.place)
+    tail = [_rows(need, row + 1, num_rows)] if row + 1 < num_rows else []
+    return [*head, *before], [*behind, *tail]
+
+
+def _cut_bytes(copy: BytesCopy, at: int, place: ChunkPlace) -> tuple[list[Copy], list[_Need]]:
+    stop = copy.source_begin + copy.length
+    if stop <= at:
+        return [copy], []
+    if copy.source_begin >= at:
+        return [], [_Need(copy.source_begin, stop, copy, place)]
     length = at - copy.source_begin
     tail = BytesCopy(copy.target, at, copy.target_begin + length, copy.length - length)
-    return replace(copy, length=length), tail
+    return [replace(copy, length=length)], [_Need(at, stop, tail, place)]
+
+
+def _rows(need: _Need, first: int, stop: int) -> _Need:
+    """Some rows of a box."""
+    copy, dim, row_bytes = need.copy, need.dim, _row_bytes(need.place, need.dim)
+    assert isinstance(copy, BoxCopy)
+
+    def with_rows(sizes: tuple[int, ...], rows: int) -> tuple[int, ...]:
+        return (*sizes[:dim], rows, *sizes[dim + 1 :])
+
+    rows = replace(
+        copy,
+        source_begin=copy.source_begin + first * row_bytes,
+        source_sizes=with_rows(copy.source_sizes, stop - first),
+        target_offsets=with_rows(copy.target_offsets, copy.target_offsets[dim] + first),
+        sizes=with_rows(copy.sizes, stop - first),
+    )
+    end = need.start + stop * row_bytes
+    return _Need(need.start + first * row_bytes, end, rows, need.place, dim)
+
+
+def _row_run(need: _Need) -> BytesCopy:
+    """One row that is one run, as bytes."""
+    row, place = need.copy, need.place
+    assert isinstance(row, BoxCopy)
+    source = _flat(row.source_sizes, row.source_offsets) * place.itemsize
+    target = _flat(place.target_sizes, row.target_offsets) * place.itemsize
+    length = math.prod(row.sizes) * place.itemsize
+    return BytesCopy(row.target, row.source_begin + source, target, length)

@@ -79,10 +79,13 @@ class Structures:
     def one_of(self, structure: npt.NDArray[np.uint8]) -> bytes:
         """The structure, in the same object for all that are equal."""
         if not np.array_equal(structure, self._column):
-            found = structure.tobytes()
-            self._last = self._known.setdefault(found, found)
+            self._last = self.kept(structure.tobytes())
             self._column = np.frombuffer(self._last, np.uint8)
         return self._last
+
+    def kept(self, structure: bytes) -> bytes:
+        """The same, of a structure that is no column."""
+        return self._known.setdefault(structure, structure)
 
 
 @dataclass(frozen=True, eq=False)
@@ -101,6 +104,11 @@ class PlanShape:
     """``[n, D]``"""
     compared: npt.NDArray[np.int32]
     """``[k]`` ascending positions of the chunks whose replicas no placement proves."""
+
+    @cached_property
+    def structure_digest(self) -> bytes:
+        """16 bytes over the structure."""
+        return digest_bytes([self.structure])
 
     @cached_property
     def fingerprint(self) -> bytes:

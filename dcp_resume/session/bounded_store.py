@@ -12,15 +12,19 @@ import threading
 import weakref
 from collections.abc import Callable
 from concurrent.futures import Future
-from typing import TypeVar
+from datetime import timedelta
+from typing import Protocol, Self, TypeVar
 
 import torch.distributed as dist
 
 from dcp_resume.session.votes import VoteStore
 
-__all__ = ["BoundedStore", "Requests"]
+__all__ = ["ANSWER_S", "BoundedStore", "Requests", "Waiters"]
 
 T = TypeVar("T")
+
+ANSWER_S = 5.0
+"""Within which the store answers what is asked at the end of a session's deadline, or after it."""
 
 
 class Requests:
@@ -94,3 +98,51 @@ class BoundedStore:
     def delete_key(self, key: str) -> bool:
         """Delete a key."""
         return self._requests.ask(lambda: self._store.delete_key(key), self._limit_s())
+
+
+class WaitableStore(Protocol):
+    """What is asked of a ``torch.distributed`` store in order to wait."""
+
+    def clone(self) -> Self:
+        """The same store through a client of its own."""
+
+    def wait(self, keys: list[str], timeout: timedelta) -> None:
+        """Return once all keys exist, or raise ``DistStoreError``."""
+
+
+class Waiters:
+    """Blocking waits for keys, each through a clone of the store that no other request uses.
+
+    A wait holds its client's lock. It costs no message until it ends, where polls cost many and
+    are late by half a pause. Clones are kept for later waits, but for those that never answered.
+
+    Args:
+        store: Of which clones are made.
+        answer_s: Within which it answers once a wait is over.
+    """
+
+    def __init__(self, store: WaitableStore, answer_s: float = ANSWER_S) -> None:
+        self._store = store
+        self._answer_s = answer_s
+        self._idle: list[tuple[WaitableStore, Requests]] = []
+
+    def wait(self, keys: list[str], timeout_s: float) -> bool:
+        """Wait until all keys exist; returns whether they do, ``timeout_s`` later at most.
+
+        Raises:
+            DistNetworkError: The store is gone, or did not say in time that the time is over.
+        """
+        limit_s = timeout_s + self._answer_s
+        try:
+            store, requests = self._idle.pop()
+        except IndexError:
+            requests = Requests()
+            store = requests.ask(self._store.clone, limit_s)  # which connects, and may hang too
+        timeout = timedelta(seconds=max(timeout_s, 0.001))  # none at all would be for ever
+        try:
+            requests.ask(lambda: store.wait(keys, timeout), limit_s)
+            are_there = True
+        except dist.DistStoreError:
+            are_there = False
+        self._idle.append((store, requests))
+        return are_there

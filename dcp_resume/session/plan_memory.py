@@ -5,7 +5,11 @@ contents. The coordinator answers by reference too, if its last plan has this fi
 rank sent it. If it is not so, all ranks are asked to tell their plans in full: nobody plans by what
 another may have forgotten, and a save that failed leaves nothing behind that counts.
 
-ballot: ``=`` fingerprint contents · ``+`` plan
+The structure of a plan, its longest part, is as a rule the same on all ranks. So the coordinator's
+own ballot spells it out, and those of others name it by its digest; if it is another, all ranks are
+asked to tell their plans in full.
+
+ballot: ``=`` fingerprint contents · ``~`` digest plan-without-structure · ``+`` plan
 answer: ``=`` fingerprint values · ``+`` fingerprint length plan values · ``?``
 """
 
@@ -30,7 +34,7 @@ from dcp_resume.planning.plans import (
 
 __all__ = ["TELL_ALL", "PlanMemory"]
 
-_SAME, _NEW = b"=", b"+"
+_SAME, _BRIEF, _NEW = b"=", b"~", b"+"
 TELL_ALL = b"?"
 """The answer to a rank that is to tell its plan in full."""
 
@@ -60,7 +64,7 @@ class PlanMemory:
         """What this rank says of its plan."""
         agreed = self._agreed
         if agreed is None or agreed.shape != plan.shape.fingerprint:
-            return self.full_ballot(plan)
+            return _brief_ballot(plan) if plan.shape.rank else self.full_ballot(plan)
         return _SAME + agreed.plan + plan.contents.to_bytes()
 
     def full_ballot(self, plan: LocalPlan) -> bytes:
@@ -100,10 +104,10 @@ class PlanMemory:
     def can_merge(self, ballots: Sequence[bytes]) -> bool:
         """Whether the ranks' ballots, together with what is remembered, say all."""
         kinds = {ballot[:1] for ballot in ballots}
-        if kinds == {_NEW}:
-            return True
-        told = {ballot[1 : 1 + DIGEST_BYTES] for ballot in ballots}
-        return kinds == {_SAME} and told == {self._merge.fingerprint}
+        named = {ballot[1 : 1 + DIGEST_BYTES] for ballot in ballots if ballot[:1] != _NEW}
+        if kinds == {_SAME}:
+            return named == {self._merge.fingerprint}
+        return _SAME not in kinds and (not named or named <= _structures(ballots).keys())
 
     def merge(self, ballots: Sequence[bytes]) -> GlobalPlan:
         """Merge the plans of ballots that say all.
@@ -114,10 +118,8 @@ class PlanMemory:
             InvalidDocument: A ballot is malformed.
             ReplicaMismatch: Assumed replicas, tied tensors, or values without a declaration differ.
         """
-        if ballots[0][:1] == _NEW:
-            structures = Structures()
-            bodies = (memoryview(ballot)[1:] for ballot in ballots)
-            return self._merge.merge([LocalPlan.from_bytes(body, structures) for body in bodies])
+        if ballots[0][:1] != _SAME:
+            return self._merge.merge(_plans(ballots))
         return self._merge.renew(
             [PlanContents.from_bytes(ballot[1 + DIGEST_BYTES :]) for ballot in ballots]
         )
@@ -135,3 +137,29 @@ class PlanMemory:
             head = _NEW + self._merge.fingerprint + len(part).to_bytes(8, "little")
             answers.append(head + part + (nothing if rank else inline))
         return answers
+
+
+def _brief_ballot(plan: LocalPlan) -> bytes:
+    brief = replace(plan, shape=replace(plan.shape, structure=b""))
+    return _BRIEF + plan.shape.structure_digest + brief.to_bytes()
+
+
+def _structures(ballots: Sequence[bytes]) -> dict[bytes, bytes]:
+    """Digest → structure, of the ballots that spell one out."""
+    shapes = (LocalPlan.from_bytes(b[1:]).shape for b in ballots if b[:1] == _NEW)
+    return {shape.structure_digest: shape.structure for shape in shapes}
+
+
+def _plans(ballots: Sequence[bytes]) -> list[LocalPlan]:
+    """The plans of ballots that say all, by rank."""
+    is_spelt_out = all(ballot[:1] == _NEW for ballot in ballots)
+    named = {} if is_spelt_out else _structures(ballots)
+    known, plans = Structures(), list[LocalPlan]()
+    for ballot in ballots:
+        if ballot[:1] == _NEW:
+            plans.append(LocalPlan.from_bytes(memoryview(ballot)[1:], known))
+            continue
+        brief = LocalPlan.from_bytes(memoryview(ballot)[1 + DIGEST_BYTES :])
+        structure = known.kept(named[ballot[1 : 1 + DIGEST_BYTES]])
+        plans.append(replace(brief, shape=replace(brief.shape, structure=structure)))
+    return plans

@@ -10,7 +10,7 @@ from typing import Any, cast
 import torch
 import torch.distributed as dist
 
-from dcp_resume.session.bounded_store import BoundedStore, Requests
+from dcp_resume.session.bounded_store import ANSWER_S, BoundedStore, Requests, Waiters
 from dcp_resume.session.votes import (
     VERDICT_GRACE,
     Deadline,
@@ -24,8 +24,6 @@ __all__ = ["Ranks", "place_in_world"]
 
 _REQUEST_S = 30.0
 """Within which the store answers a vote to stop, which has no deadline before it begins."""
-_LAST_REQUEST_S = 5.0
-"""Within which it answers what is asked at the end of a session's deadline, or after it."""
 
 
 class Ranks:
@@ -45,6 +43,7 @@ class Ranks:
         if self.world_size > 1:
             self._store = cast("Any", dist.distributed_c10d._get_default_store()).clone()
             self._requests = Requests()
+            self._waiters = Waiters(cast("Any", self._store))
             self._prefix = f"dcp_resume/{_shared_token()}"
 
     @property
@@ -64,10 +63,11 @@ class Ranks:
         store = BoundedStore(
             self._store,
             self._requests,
-            lambda: max(deadline.left_s(VERDICT_GRACE), _LAST_REQUEST_S),
+            lambda: max(deadline.left_s(VERDICT_GRACE), ANSWER_S),
         )
         return StoreVotes(
             store,
+            self._waiters.wait,
             f"{self._prefix}/{self._counter}",
             rank=self.rank,
             world_size=self.world_size,

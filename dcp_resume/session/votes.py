@@ -18,13 +18,21 @@ import torch.distributed as dist
 from dcp_resume.errors import DcpResumeError, RankErrors, RankSilent
 from dcp_resume.session.error_wire import decode_error, describe_error, encode_error
 
-__all__ = ["VERDICT_GRACE", "Deadline", "LonelyVotes", "StoreVotes", "VoteStore", "Votes"]
+__all__ = [
+    "VERDICT_GRACE",
+    "Deadline",
+    "LonelyVotes",
+    "StoreVotes",
+    "VoteStore",
+    "Votes",
+    "Wait",
+]
 
 Work = Callable[[], bytes]
 Decide = Callable[[Sequence[bytes]], Sequence[bytes]]
+Wait = Callable[[list[str], float], bool]
+"""Waits until all keys exist, for so many seconds at most; returns whether they do."""
 
-_POLL_FIRST_S = 0.0005
-_POLL_MAX_S = 0.02
 VERDICT_GRACE = 1.25
 """A rank waits this much longer for the verdict than the coordinator for ballots, so that a dead
 rank is named by the coordinator, not guessed by each rank alone."""
@@ -102,13 +110,20 @@ class LonelyVotes:
 class StoreVotes:
     """Rounds over a ``torch.distributed`` store of our own.
 
-    The store must be a clone (a blocking wait holds its client's lock), and the prefix must never
-    have been used before, so that no ballot of an earlier session is counted.
+    Args:
+        store: A clone, so that the trainer's own requests never stand behind ours.
+        wait: Waits for keys of the same store, through a client of its own.
+        prefix: Never used before, so that no ballot of an earlier session is counted.
+        rank: This rank.
+        world_size: Ranks that take part.
+        step: For messages.
+        deadline: Of the whole session.
     """
 
     def __init__(
         self,
         store: VoteStore,
+        wait: Wait,
         prefix: str,
         *,
         rank: int,
@@ -117,6 +132,7 @@ class StoreVotes:
         deadline: Deadline,
     ) -> None:
         self._store = store
+        self._wait = wait
         self._prefix = prefix
         self._rank = rank
         self._world_size = world_size
@@ -182,7 +198,7 @@ class StoreVotes:
 
     def _collect(self, phase: str) -> list[bytes]:
         keys = [self._key(phase, "ballot", rank) for rank in range(self._world_size)]
-        if not self._poll(keys, self._deadline.left_s):
+        if not self._wait(keys, self._deadline.left_s()):
             missing = tuple(r for r, key in enumerate(keys) if not self._store.check([key]))
             raise self._silent(missing, phase, "they are dead, hung or cut off")
         ballots = [bytes(self._store.get(key)) for key in keys]
@@ -195,21 +211,11 @@ class StoreVotes:
 
     def _wait_verdict(self, phase: str) -> bytes:
         key = self._key(phase, "verdict", self._rank)
-        if not self._poll([key], lambda: self._deadline.left_s(VERDICT_GRACE)):
+        if not self._wait([key], self._deadline.left_s(VERDICT_GRACE)):
             raise self._silent((0,), phase, "the coordinator gave no verdict")
         verdict = bytes(self._store.get(key))
         self._store.delete_key(key)
         return verdict
-
-    def _poll(self, keys: list[str], left_s: Callable[[], float]) -> bool:
-        """Wait until all keys exist; short polls, because a long wait blocks the client."""
-        pause_s = _POLL_FIRST_S
-        while not self._store.check(keys):
-            if left_s() <= 0:
-                return False
-            time.sleep(min(pause_s, max(left_s(), 0.0)))
-            pause_s = min(pause_s * 1.5, _POLL_MAX_S)
-        return True
 
     def _silent(self, ranks: tuple[int, ...], phase: str, why: str) -> RankSilent:
         return RankSilent(

@@ -210,9 +210,10 @@ def test_overlaps_tile_what_is_wanted(stored):
 
 @given(loads())
 @settings(SEEDED, max_examples=150)
-def test_no_block_is_read_twice_where_only_runs_of_bytes_are_wanted(drawn):
+def test_no_block_is_read_twice_where_rows_are_runs_of_bytes(drawn):
+    _, wanted, *_ = drawn
     _, reads, bounds = plan(*drawn)
-    if any(not isinstance(copy, BytesCopy) for read in reads for copy in read.copies):
+    if any(len(want.box.sizes) > 2 for want in wanted):
         return
     for file, file_bounds in bounds.items():
         own = sorted((read.start, read.stop) for read in reads if read.file == file)

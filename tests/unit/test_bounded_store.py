@@ -7,13 +7,14 @@ import subprocess
 import sys
 import threading
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
 
 import pytest
 import torch.distributed as dist
 
 from dcp_resume.errors import RankSilent
-from dcp_resume.session.bounded_store import BoundedStore, Requests
+from dcp_resume.session.bounded_store import BoundedStore, Requests, Waiters
 from dcp_resume.session.votes import Deadline, StoreVotes
 
 SERVER = """
@@ -43,7 +44,9 @@ def test_a_silent_store_is_a_silent_rank_0_by_the_deadline_and_serves_later_roun
 
     deadline = Deadline(0.2)
     silent = BoundedStore(client, requests, deadline.left_s)
-    votes = StoreVotes(silent, "a", rank=1, world_size=2, step=7, deadline=deadline)
+    votes = StoreVotes(
+        silent, Waiters(client, 0.2).wait, "a", rank=1, world_size=2, step=7, deadline=deadline
+    )
     with pytest.raises(RankSilent, match="no answer") as caught:
         votes.round("agree", lambda: b"", lambda ballots: ballots)
     assert caught.value.ranks == (0,)
@@ -70,3 +73,29 @@ def test_the_thread_ends_with_the_last_view_of_the_store(server):
     del view
     thread.join(60)
     assert not thread.is_alive()
+
+
+def test_a_wait_ends_with_the_keys_with_its_time_or_with_the_store(server):
+    assert server.stdout is not None
+    client = dist.TCPStore("127.0.0.1", int(server.stdout.readline()))
+    waiters = Waiters(client, 1.0)
+    assert not waiters.wait(["a"], 0.01)
+    with ThreadPoolExecutor() as pool:  # neither stands behind the other, nor behind a request
+        first, second = (
+            pool.submit(waiters.wait, ["a"], 60.0),
+            pool.submit(waiters.wait, ["b"], 60.0),
+        )
+        client.set("b", b"")
+        assert second.result(60)
+        client.set("a", b"")
+        assert first.result(60)
+
+    server.send_signal(signal.SIGSTOP)
+    with pytest.raises(dist.DistNetworkError):
+        waiters.wait(["c"], 0.0)
+    server.send_signal(signal.SIGCONT)
+    assert waiters.wait(["a", "b"], 60.0)
+
+    server.kill()
+    with pytest.raises(dist.DistError):
+        waiters.wait(["c"], 60.0)
