@@ -15,10 +15,10 @@ from dcp_resume.manifest.keys import MANIFEST_NAME
 from dcp_resume.session.attempt import Attempt, Order, Run
 from dcp_resume.session.changed import ChangedChunks, Division, write_all, write_changed
 from dcp_resume.session.commit import Committed
-from dcp_resume.session.documents import Facts, planned_tables
+from dcp_resume.session.documents import Facts, FileTables, planned_tables
 from dcp_resume.session.load import Located
 from dcp_resume.session.opening import OpenedCheckpoint, open_checkpoint
-from dcp_resume.session.references import commits_of, referring_tables
+from dcp_resume.session.references import commits_of, referred_tables, written_tables
 from dcp_resume.session.unchanged import ChunkId, ChunkMemory, StoredChunk, stored_chunks
 from dcp_resume.session.writing import RankReport, StagedRank
 
@@ -98,8 +98,11 @@ class IncrementalSave:
         reports, divisions = [report for report, _ in told], [division for _, division in told]
         references: tuple[int, ...] = ()
         if attempt.refers_to:
-            parent = self._parent or self._open(attempt.refers_to)
-            tables = referring_tables(attempt.plan, reports, divisions, parent, attempt.algorithm)
+            tables = written_tables(attempt.plan, reports, divisions, attempt.algorithm)
+            if any(len(division.referred) for division in divisions):
+                parent = self._parent_again(attempt.refers_to)
+                referred = referred_tables(attempt.plan, divisions, parent)
+                tables = FileTables.joined([tables, *referred])
             history = self.run.log.history
             references = commits_of(history, attempt.refers_to, tables.files)
         else:
@@ -113,6 +116,16 @@ class IncrementalSave:
         prefix = committed.record.manifest.key.removesuffix(MANIFEST_NAME)
         self._own = OpenedCheckpoint(prefix, documents.manifest, documents.catalog, documents.index)
         return committed
+
+    def _parent_again(self, seq: int) -> OpenedCheckpoint:
+        """The parent, which other ranks have read, even if this one could not."""
+        if self._parent is None:
+            try:
+                self._parent = self._open(seq)
+            except InvalidCheckpoint:
+                self.memory.is_refused = True
+                raise
+        return self._parent
 
     def keep(self, seq: int, order: Order) -> None:
         """Remember this save, which has committed as ``seq``."""

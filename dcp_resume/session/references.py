@@ -21,7 +21,7 @@ from dcp_resume.session.sweep import directory_of
 from dcp_resume.session.unchanged import file_base
 from dcp_resume.session.writing import RankReport
 
-__all__ = ["commits_of", "referring_tables"]
+__all__ = ["commits_of", "referred_tables", "written_tables"]
 
 
 def commits_of(history: RunHistory, parent: int, files: Iterable[FileEntry]) -> tuple[int, ...]:
@@ -39,29 +39,23 @@ def commits_of(history: RunHistory, parent: int, files: Iterable[FileEntry]) -> 
     return tuple(sorted({known[file.base] for file in files if file.base != "self"}))
 
 
-def referring_tables(
+def written_tables(
     plan: GlobalPlan,
     reports: Sequence[RankReport],
     divisions: Sequence[Division],
-    parent: OpenedCheckpoint,
     algorithm: DigestAlgorithm,
 ) -> FileTables:
-    """List what the ranks wrote, then each file of the parent's that they refer to, whole.
+    """List what the ranks of a save that may refer to older files have written.
 
     Args:
         plan: What the checkpoint holds.
         reports: One of each rank.
         divisions: One of each rank.
-        parent: The checkpoint that they refer to.
         algorithm: Of the digests.
-
-    Raises:
-        IncompletePlan: A rank refers to a chunk that the parent does not have.
     """
-    layout = plan.layout
-    starts = [layout.of_rank(rank)[2].start for rank in range(len(divisions))]
+    starts = _starts(plan, divisions)
     own = [division.rows + start for division, start in zip(divisions, starts, strict=True)]
-    written = layout.chunks.take(np.concatenate([np.zeros(0, np.int64), *own]))
+    written = plan.layout.chunks.take(np.concatenate(own))
     files = file_entries(
         [name for division in divisions for name in division.names],
         [part for division in divisions for part in division.parts],
@@ -69,19 +63,36 @@ def referring_tables(
         reports,
         algorithm,
     )
-    tables = [
-        FileTables(
-            files,
-            np.concatenate([division.counts for division in divisions]),
-            written.tensor,
-            written.offsets,
-            written.sizes,
-            np.concatenate([report.digests for report in reports]),
-        )
-    ]
-    uses = _uses(divisions, starts, parent)
-    tables += [_whole_file(plan, parent, file, uses[file]) for file in sorted(uses)]
-    return FileTables.joined(tables)
+    return FileTables(
+        files,
+        np.concatenate([division.counts for division in divisions]),
+        written.tensor,
+        written.offsets,
+        written.sizes,
+        np.concatenate([report.digests for report in reports]),
+    )
+
+
+def referred_tables(
+    plan: GlobalPlan, divisions: Sequence[Division], parent: OpenedCheckpoint
+) -> list[FileTables]:
+    """List each file of the parent's that ranks refer to, whole.
+
+    Args:
+        plan: What the checkpoint holds.
+        divisions: One of each rank.
+        parent: The checkpoint that they refer to.
+
+    Raises:
+        IncompletePlan: A rank refers to a chunk that the parent does not have.
+    """
+    uses = _uses(divisions, _starts(plan, divisions), parent)
+    return [_whole_file(plan, parent, file, uses[file]) for file in sorted(uses)]
+
+
+def _starts(plan: GlobalPlan, divisions: Sequence[Division]) -> list[int]:
+    """Per rank the first of its chunks in the plan."""
+    return [plan.layout.of_rank(rank)[2].start for rank in range(len(divisions))]
 
 
 def _uses(
