@@ -9,7 +9,7 @@ export OMP_NUM_THREADS ?= 1
 
 .DEFAULT_GOAL := help
 .PHONY: help setup demo demo-s3 test test-ranks test-s3 test-ceph test-all lint check ci
-.PHONY: campaign campaign-bit-flips campaign-hosts campaign-power-cut
+.PHONY: campaign campaign-bit-flips campaign-hosts campaign-incremental campaign-power-cut
 .PHONY: campaign-preemption fuzz docs-lint docker-lint
 
 help:  ## list the verbs
@@ -50,6 +50,9 @@ campaign:  ## kill a job 1,000 times on disk and 200 on S3; tens of minutes
 campaign-preemption:  ## 20 torchrun jobs and 6 of Slurm's, preempted at random instants; 10 minutes
 	$(PY) -m tests.campaigns.preemption
 	$(PY) -m tests.campaigns.preemption_slurm
+
+campaign-incremental:  ## prune a run 200 times while a writer refers to it; 10 minutes
+	$(PY) -m tests.campaigns.incremental --rounds 200
 
 campaign-bit-flips:  ## flip 10,000 random bits of a run, one at a time: each must be found
 	$(PY) -m tests.campaigns.bit_flips
