@@ -8,13 +8,18 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
-from dcp_resume.errors import InvalidCheckpoint, ParentRetired, StorageError
+from dcp_resume.errors import (
+    CheckpointNotFound,
+    InvalidCheckpoint,
+    ParentRetired,
+    StorageError,
+)
 from dcp_resume.events import ParentUnread, emit
 from dcp_resume.manifest.history import CommitEntry
 from dcp_resume.manifest.keys import MANIFEST_NAME
 from dcp_resume.session.attempt import Attempt, Order, Run
 from dcp_resume.session.changed import ChangedChunks, Division, write_all, write_changed
-from dcp_resume.session.commit import Committed
+from dcp_resume.session.commit import Committed, no_checkpoint
 from dcp_resume.session.documents import Facts, FileTables, planned_tables
 from dcp_resume.session.load import Located
 from dcp_resume.session.opening import OpenedCheckpoint, open_checkpoint
@@ -64,7 +69,7 @@ class IncrementalSave:
             return memory.chunks if memory.rule == rule else {}
         try:
             self._parent = self._open(order.refers_to)
-        except (InvalidCheckpoint, StorageError) as error:
+        except (CheckpointNotFound, InvalidCheckpoint, StorageError) as error:
             # An older checkpoint's fault is no reason to lose this one.
             emit(ParentUnread(step=order.step, rank=self.rank, reason=str(error)))
             return {}
@@ -78,6 +83,8 @@ class IncrementalSave:
         """The documents of a commit of the run, without a look at its files."""
         log = self.run.log
         history = log.history if seq <= log.history.last_seq else log.refresh()
+        if seq not in history.commits:
+            raise no_checkpoint(log, seq, "this rank does not see its record")
         located = Located.of(CommitEntry(seq, history.commits[seq]))
         trust = log.signing.trust
         store, prefix = self.run.store, located.prefix

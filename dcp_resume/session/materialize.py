@@ -76,7 +76,8 @@ def materialize(
     """Write the located checkpoint, whole, into the run at ``target``, which may be its own.
 
     Raises:
-        ConfigurationError: It is not the newest of its own run, which it would become there.
+        ConfigurationError: It is not the newest of its own run, which it would become there, or a
+            directory without a log is to become a run.
         InvalidCheckpoint: It is damaged; nothing was committed.
         UnsupportedStore: The target lacks exclusive create.
         CommitRefused: The target's log forbids the commit.
@@ -86,6 +87,12 @@ def materialize(
     """
     started = time.monotonic()
     opened = open_checkpoint(source, located.prefix, located.manifest, trust=options.trust)
+    if not located.seq and source.url == target.url:
+        raise ConfigurationError(
+            f"{source.url} is the directory of one checkpoint, and no run. It needs no other: "
+            "there is nothing to materialize; or name a run to write into",
+            option="into",
+        )
     log = RunLog(target, signing=options.signing)
     history = log.refresh()
     is_own_run = history.run == opened.manifest.run

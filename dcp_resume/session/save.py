@@ -59,7 +59,7 @@ class SaveResult:
     """Log number of its commit."""
     attempt: str
     num_bytes: int
-    """Bytes of its data files, over all ranks."""
+    """Bytes of its data files, over all ranks; also of older ones that it refers to."""
     duration_s: float
     """From the call of ``save`` to the commit."""
 

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import torch.distributed.checkpoint as dcp
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader
 
 from dcp_resume import (
     CheckpointManager,
@@ -21,6 +25,8 @@ from dcp_resume import (
     Unchanged,
     open_store,
 )
+from dcp_resume.cli.exit_codes import ExitCode
+from dcp_resume.cli.main import main
 from dcp_resume.errors import ConfigurationError, MissingAncestors, ParentRetired
 from dcp_resume.events import ChangesWritten, Event, ParentUnread, StepReached, subscribe
 from dcp_resume.manager.policies import KeepLast
@@ -296,6 +302,16 @@ def test_another_block_size_writes_everything_once(tmp_path):
     assert is_whole(tmp_path, 3)
 
 
+def test_a_stock_reader_misses_tensors_and_never_loads_a_part(tmp_path):
+    with CheckpointManager(str(tmp_path), settings()) as checkpoints:
+        save(checkpoints, 1, 2)
+    directory = tmp_path / open_step(tmp_path).prefix
+    target = {"model.adapter": torch.zeros(2_000)}
+    with pytest.raises(CheckpointException, match="Missing key"):
+        dcp.load(target, storage_reader=HuggingFaceStorageReader(str(directory)), no_dist=True)
+    assert not target["model.adapter"].any()
+
+
 class TestMaterialize:
     """A checkpoint that needs no other."""
 
@@ -335,6 +351,21 @@ class TestMaterialize:
         assert all(file.key.endswith(".safetensors") for file in opened.catalog.files)
         assert not verify_checkpoint(alone, Located(0, "", None), prove=Prove.TENSORS).problems
         assert_loads(root, 3)
+
+    def test_the_verb_says_what_it_wrote(self, root, capsys):
+        assert main(["materialize", str(root), "--json"]) == ExitCode.OK
+        document = json.loads(capsys.readouterr().out)
+        assert (document["step"], document["num_files"]) == (3, 1)
+        assert document["num_bytes"] == open_step(root).manifest.counts.num_bytes
+        assert main(["materialize", str(root), "--step", "2"]) == ExitCode.USAGE
+        assert "not the newest" in capsys.readouterr().err
+        other = f"{root}-2"
+        assert main(["materialize", str(root), "--step", "2", "--into", other]) == ExitCode.OK
+        assert_loads(Path(other), 2)
+        for verb in (["inspect", str(root)], ["diff", str(root), str(root), "--step", "2"]):
+            assert main(verb) in (ExitCode.OK, ExitCode.PROBLEM)
+        alone = root / open_step(root).prefix
+        assert main(["materialize", str(alone)]) == ExitCode.USAGE
 
     def test_what_is_not_the_newest_can_only_go_to_another_run(self, root, tmp_path):
         store, other = open_store(str(root)), open_store(str(tmp_path / "other"))
