@@ -10,7 +10,8 @@ export OMP_NUM_THREADS ?= 1
 .DEFAULT_GOAL := help
 .PHONY: help setup demo demo-s3 test test-ranks test-s3 test-ceph test-all lint check ci
 .PHONY: campaign-preemption fuzz docs-lint docker-lint site package-check
-.PHONY: campaign campaign-bit-flips campaign-hosts campaign-incarnations campaign-power-cut
+.PHONY: campaign campaign-bit-flips campaign-hosts campaign-incarnations campaign-incremental
+.PHONY: campaign-power-cut
 
 help:  ## list the verbs
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / {printf "  make %-20s %s\n", $$1, $$2}' Makefile
@@ -54,6 +55,9 @@ campaign-preemption:  ## 20 torchrun jobs and 6 of Slurm's, preempted at random 
 campaign-incarnations:  ## two jobs write one run at once: 200 rounds on disk, 50 on S3; 10 minutes
 	$(PY) -m tests.campaigns.incarnations --rounds 200
 	$(PY) -m tests.campaigns.incarnations --rounds 50 --storage s3 --deadline-s 15
+
+campaign-incremental:  ## prune a run 200 times while a writer refers to it; 10 minutes
+	$(PY) -m tests.campaigns.incremental --rounds 200
 
 campaign-bit-flips:  ## flip 10,000 random bits of a run, one at a time: each must be found
 	$(PY) -m tests.campaigns.bit_flips

@@ -57,6 +57,7 @@ if TYPE_CHECKING:
     from dcp_resume.session.save import SaveResult
     from dcp_resume.session.targets import Apply
     from dcp_resume.session.tensor_digests import Prove, TensorDigests
+    from dcp_resume.session.unchanged import Unchanged
     from dcp_resume.storage.opening import open_store
     from dcp_resume.storage.retry import RetryPolicy
 else:
@@ -111,6 +112,7 @@ else:
         "Strictness": "dcp_resume.session.compare",
         "TensorDigests": "dcp_resume.session.tensor_digests",
         "TrainerState": "dcp_resume.manager.trainer_state",
+        "Unchanged": "dcp_resume.session.unchanged",
         "WhenBusy": "dcp_resume.manager.settings",
         "WhenShort": "dcp_resume.manager.grace",
         "Writer": "dcp_resume.session.dcp_writer",
@@ -179,6 +181,7 @@ __all__ = [
     "Strictness",
     "TensorDigests",
     "TrainerState",
+    "Unchanged",
     "WhenBusy",
     "WhenShort",
     "Writer",

@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 __all__ = [
+    "ChangesWritten",
     "CheckpointCommitted",
     "CheckpointRetired",
     "CheckpointSkipped",
@@ -25,6 +26,7 @@ __all__ = [
     "LoadFinished",
     "NoticeSourceFailed",
     "OrphanEnded",
+    "ParentUnread",
     "PhaseFinished",
     "PlanAgreed",
     "PreemptionFinished",
@@ -90,6 +92,27 @@ class PlanAgreed(Event):
     rank: int
     is_remembered: bool
     """Whether an earlier save's plan serves, because no rank's structure has changed."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ChangesWritten(Event):
+    """This rank wrote what has changed since the parent, and refers to its files for the rest."""
+
+    step: int
+    rank: int
+    written_bytes: int
+    """Headers included."""
+    referenced_bytes: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ParentUnread(Event):
+    """This rank could not tell what has changed since the parent, and writes all of its chunks."""
+
+    level: ClassVar[int] = logging.WARNING
+    step: int
+    rank: int
+    reason: str
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

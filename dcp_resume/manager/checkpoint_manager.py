@@ -36,6 +36,7 @@ from dcp_resume.session.ranks import Ranks
 from dcp_resume.session.run_log import RunLog
 from dcp_resume.session.save import SaveResult, SaveSession
 from dcp_resume.session.staging import BufferPool
+from dcp_resume.session.unchanged import ChunkMemory, Unchanged
 from dcp_resume.storage import open_store
 
 __all__ = ["CheckpointManager"]
@@ -103,6 +104,7 @@ class CheckpointManager:
         self._ranks = Ranks()
         self._pool = BufferPool()
         self._memory = PlanMemory()
+        self._chunks = ChunkMemory()
         self._background = ThreadPoolExecutor(1, "dcp-resume-save")
         self._retention = Retention(self.settings.retention_policy)
         self._run: Run | None = None
@@ -156,6 +158,8 @@ class CheckpointManager:
             declarations=declarations_of(self.settings.declarations, chosen),
             tensor_digests=self.settings.tensor_digests,
             memory=self._memory,
+            unchanged=self.settings.unchanged,
+            chunks=self._chunks,
         )
         is_blocking = self.settings.mode is SaveMode.BLOCKING
         pool = None if is_blocking else self._pool
@@ -337,6 +341,9 @@ class CheckpointManager:
         if self._pending is not None and self.settings.when_busy is WhenBusy.REFUSE:
             refuse_if_busy(self._votes(step), step, self._pending)
         self._settle()
+        if self.settings.unchanged is Unchanged.REFER:
+            # What this process itself retires after planning would refuse the commit.
+            self._retention.wait()
 
     def _settle(self, timeout_s: float | None = None) -> None:
         if self._pending is not None:

@@ -14,6 +14,7 @@ from dcp_resume.manifest.signing import Signing
 from dcp_resume.planning.declarations import Declarations
 from dcp_resume.session.load import LoadOptions
 from dcp_resume.session.tensor_digests import TensorDigests
+from dcp_resume.session.unchanged import Unchanged
 from dcp_resume.storage import RetryPolicy
 
 __all__ = ["SaveMode", "Settings", "WhenBusy"]
@@ -58,6 +59,8 @@ class Settings:
     """Seconds after which a save or load fails on every rank that still waits for another."""
     declarations: Declarations = field(default_factory=Declarations)
     tensor_digests: TensorDigests = TensorDigests.OMIT
+    unchanged: Unchanged = Unchanged.WRITE
+    """What a save does with chunks that are as they were in the newest checkpoint."""
     load: LoadOptions = field(default_factory=LoadOptions)
     storage_options: Mapping[str, Any] = field(default_factory=dict, repr=False)
     """Passed to the file system: endpoint, credentials, profile; never shown."""

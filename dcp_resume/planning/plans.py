@@ -243,8 +243,8 @@ class RankPlan:
     inline: Mapping[str, bytes]
     """Name → bytes of chunks that no tensor of this rank holds (shared values)."""
 
-    def rows(self, fqns: Sequence[str]) -> Iterator[tuple[int, str, list[int], list[int]]]:
-        """Each chunk's tensor, name in its file, offsets and sizes, in file order.
+    def rows(self, fqns: Sequence[str]) -> Iterator[tuple[int, str, str, list[int], list[int]]]:
+        """Each chunk's tensor, FQN, name in its file, offsets and sizes, in file order.
 
         Args:
             fqns: Of the tensors of the rank's own structure.
@@ -254,7 +254,7 @@ class RankPlan:
         for row, name in self.names.items():
             names[row] = name
         keys = map(chunk_key, names, self.ordinal.tolist())
-        return zip(tensors, keys, self.offsets.tolist(), self.sizes.tolist(), strict=True)
+        return zip(tensors, names, keys, self.offsets.tolist(), self.sizes.tolist(), strict=True)
 
     def to_bytes(self) -> bytes:
         """Serialise for its rank."""

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from dcp_resume.errors import StorageError, StoreNotShared
 from dcp_resume.format.digests import DigestAlgorithm, choose_block_size, digest_hex
 from dcp_resume.format.dtypes import ITEMSIZES
+from dcp_resume.manifest.history import RunHistory
 from dcp_resume.manifest.keys import (
     CATALOG_NAME,
     INDEX_NAME,
@@ -19,9 +20,17 @@ from dcp_resume.manifest.keys import (
 from dcp_resume.manifest.models import DocumentRef, FileEntry
 from dcp_resume.planning.merge import GlobalPlan
 from dcp_resume.session.commit import Committed, Opened, commit
-from dcp_resume.session.documents import AttemptIdentity, Documents, Facts, build_documents
+from dcp_resume.session.documents import (
+    AttemptIdentity,
+    Documents,
+    Facts,
+    FileTables,
+    build_documents,
+    planned_tables,
+)
 from dcp_resume.session.run_log import RunLog
 from dcp_resume.session.tensor_digests import TensorDigests
+from dcp_resume.session.unchanged import Unchanged
 from dcp_resume.session.writing import RankReport
 from dcp_resume.storage import ObjectStore
 
@@ -41,7 +50,7 @@ class Run:
 class Order:
     """What the coordinator tells every rank alike."""
 
-    NUM_BYTES: ClassVar[int] = 72
+    NUM_BYTES: ClassVar[int] = 88
 
     attempt: str
     step: int
@@ -49,6 +58,9 @@ class Order:
     algorithm: DigestAlgorithm
     """Of the blocks' digests; told by the coordinator, so that no rank uses another."""
     tensor_digests: TensorDigests
+    unchanged: Unchanged = Unchanged.WRITE
+    refers_to: int = 0
+    """Log number of the commit whose files need not be written again; 0 to write in full."""
 
     @property
     def prefix(self) -> str:
@@ -59,7 +71,8 @@ class Order:
         """Serialise for the ranks, into ``NUM_BYTES``."""
         head = self.block_size.to_bytes(8, "little") + self.step.to_bytes(8, "little")
         names = self.attempt.encode().ljust(32) + self.algorithm.value.encode().ljust(16)
-        return head + names + self.tensor_digests.value.encode().ljust(8)
+        words = self.tensor_digests.value.encode().ljust(8) + self.unchanged.value.encode().ljust(8)
+        return head + names + words + self.refers_to.to_bytes(8, "little")
 
     @classmethod
     def from_bytes(cls, data: bytes) -> Order:
@@ -70,6 +83,8 @@ class Order:
             block_size=int.from_bytes(data[:8], "little"),
             algorithm=DigestAlgorithm(data[48:64].decode().strip()),
             tensor_digests=TensorDigests(data[64:72].decode().strip()),
+            unchanged=Unchanged(data[72:80].decode().strip()),
+            refers_to=int.from_bytes(data[80:88], "little"),
         )
 
 
@@ -84,6 +99,9 @@ class Attempt:
     """Last log number read when the parent was chosen."""
     block_size: int
     tensor_digests: TensorDigests = TensorDigests.OMIT
+    unchanged: Unchanged = Unchanged.WRITE
+    refers_to: int = 0
+    """Log number of the parent if its files may be referred to; 0 to write in full."""
 
     @classmethod
     def begin(
@@ -92,8 +110,18 @@ class Attempt:
         plan: GlobalPlan,
         step: int,
         tensor_digests: TensorDigests = TensorDigests.OMIT,
+        unchanged: Unchanged = Unchanged.WRITE,
+        find_parent: Callable[[RunHistory], int] = lambda history: 0,
     ) -> Attempt:
         """Name the attempt, and make its directories durable.
+
+        Args:
+            run: The opened run.
+            plan: Of all ranks.
+            step: Optimizer steps completed.
+            tensor_digests: Whether to record a digest of each tensor.
+            unchanged: Whether ranks remember what they write.
+            find_parent: Returns the newest commit if its files may be referred to, else 0.
 
         Raises:
             StorageError: The store failed.
@@ -110,14 +138,29 @@ class Attempt:
         )
         run.store.prepare(attempt_prefix(step, identity.attempt))
         block_size = choose_block_size(_num_bytes(plan))
-        return cls(run, identity, plan, history.last_seq, block_size, tensor_digests)
+        return cls(
+            run,
+            identity,
+            plan,
+            history.last_seq,
+            block_size,
+            tensor_digests,
+            unchanged,
+            find_parent(history),
+        )
 
     @property
     def order(self) -> Order:
         """What every rank is told."""
         identity = self.identity
         return Order(
-            identity.attempt, identity.step, self.block_size, self.algorithm, self.tensor_digests
+            identity.attempt,
+            identity.step,
+            self.block_size,
+            self.algorithm,
+            self.tensor_digests,
+            self.unchanged,
+            self.refers_to,
         )
 
     @property
@@ -131,7 +174,7 @@ class Attempt:
         facts: Facts,
         late_values: Mapping[str, tuple[Any, Any]] | None = None,
     ) -> Committed:
-        """Check that every file is there, write the documents, append the commit.
+        """Make an attempt that was written as planned a checkpoint.
 
         Args:
             reports: What each rank wrote.
@@ -139,14 +182,32 @@ class Attempt:
             late_values: Non-tensor leaves that came with the reports.
 
         Raises:
+            IncompletePlan: Readers would refuse the checkpoint.
             StoreNotShared: Files of some ranks are not visible here.
             CommitRefused: The log forbids the commit.
             CommitUnknown: The outcome could not be learned in time.
             Fenced: A newer incarnation owns the run.
             StorageError: The store failed; the attempt did not commit.
         """
-        documents = build_documents(
+        tables = planned_tables(self.plan, reports, self.algorithm)
+        documents = self.describe(tables, reports, facts, late_values)
+        return self.append(documents, facts)
+
+    def describe(
+        self,
+        tables: FileTables,
+        reports: Sequence[RankReport],
+        facts: Facts,
+        late_values: Mapping[str, tuple[Any, Any]] | None = None,
+    ) -> Documents:
+        """The documents of what was written.
+
+        Raises:
+            IncompletePlan: Readers would refuse the checkpoint.
+        """
+        return build_documents(
             self.plan,
+            tables,
             reports,
             self.identity,
             facts,
@@ -154,8 +215,28 @@ class Attempt:
             late_values or {},
             self.run.log.signing,
         )
+
+    def append(
+        self, documents: Documents, facts: Facts, references: Iterable[int] = ()
+    ) -> Committed:
+        """Check that every file is there, write the documents, append the commit.
+
+        Args:
+            documents: Of the attempt.
+            facts: For the commit record.
+            references: Commits to whose files the documents refer.
+
+        Raises:
+            StoreNotShared: Files of some ranks are not visible here.
+            ParentRetired: A checkpoint that is referred to was retired or quarantined meanwhile.
+            CommitRefused: The log forbids the commit.
+            CommitUnknown: The outcome could not be learned in time.
+            Fenced: A newer incarnation owns the run.
+            StorageError: The store failed; the attempt did not commit.
+        """
         prefix = attempt_prefix(self.identity.step, self.identity.attempt)
-        self._check_listing(prefix, documents.files)
+        own = [file for file in documents.catalog.files if file.base == "self"]
+        self._check_listing(prefix, own)
         self._write_documents(prefix, documents)
         return commit(
             self.run.log,
@@ -168,7 +249,7 @@ class Attempt:
                 digest=digest_hex(documents.manifest_bytes, self.algorithm),
             ),
             parent=self.identity.parent,
-            references=(),
+            references=references,
             planned_at=self.planned_at,
             num_bytes=documents.manifest.counts.num_bytes,
             trainer=facts.trainer,

@@ -318,7 +318,7 @@ class _PlannerSource:
     def chunks(self, plan: RankPlan) -> Iterator[tuple[torch.Tensor, PlacedChunk]]:
         """Each planned chunk's memory, and its place, in the order of the plan."""
         items = list(self._items.values())
-        for local, key, offsets, sizes in plan.rows(list(self._items)):
+        for local, fqn, key, offsets, sizes in plan.rows(list(self._items)):
             own = items[local]
             ndim = len(next(iter(own)).sizes)
             box = Box(tuple(offsets[:ndim]), tuple(sizes[:ndim]))
@@ -328,7 +328,7 @@ class _PlannerSource:
             data = own[box].tensor_data
             assert data is not None
             line = ChunkHeader(key, dtype, box.sizes, box.offsets)
-            yield tensor, PlacedChunk(line, tuple(data.size))
+            yield tensor, PlacedChunk(fqn, line, tuple(data.size))
 
 
 def _source(plan: SavePlan, planner: SavePlanner) -> tuple[ChunkSource, dict[str, Any]]:

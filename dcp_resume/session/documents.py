@@ -54,11 +54,16 @@ from dcp_resume.problems import summarise
 from dcp_resume.session.tensor_digests import can_have_digest, with_digest
 from dcp_resume.session.writing import RankReport
 
+I64 = npt.NDArray[np.int64]
+
 __all__ = [
     "AttemptIdentity",
     "Documents",
     "Facts",
+    "FileTables",
     "build_documents",
+    "file_entries",
+    "planned_tables",
     "software",
     "tensor_digests",
 ]
@@ -99,10 +104,64 @@ class Documents:
     """The three documents as bytes, and what the commit record repeats."""
 
     manifest: Manifest
+    catalog: Catalog
+    index: ChunkIndex
     manifest_bytes: bytes
     catalog_bytes: bytes
     index_bytes: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class FileTables:
+    """Files, and chunks by file and position, as catalog and index list them.
+
+    F files, C chunks, N blocks; D is the largest number of dims.
+    """
+
     files: tuple[FileEntry, ...]
+    counts: I64
+    """``[F]`` chunks of each."""
+    tensor: I64
+    """``[C]`` position in the catalog, or ``UNUSED``."""
+    offsets: I64
+    """``[C, D]``"""
+    sizes: I64
+    """``[C, D]``"""
+    digests: npt.NDArray[np.uint8]
+    """``[N, 16]`` of the blocks."""
+
+    @classmethod
+    def joined(cls, tables: Sequence[FileTables]) -> FileTables:
+        """Tables one behind the other."""
+        return cls(
+            tuple(file for table in tables for file in table.files),
+            np.concatenate([table.counts for table in tables]),
+            np.concatenate([table.tensor for table in tables]),
+            np.concatenate([table.offsets for table in tables]),
+            np.concatenate([table.sizes for table in tables]),
+            np.concatenate([table.digests for table in tables]),
+        )
+
+
+def planned_tables(
+    plan: GlobalPlan, reports: Sequence[RankReport], algorithm: DigestAlgorithm
+) -> FileTables:
+    """The tables of a checkpoint that was written as planned.
+
+    Args:
+        plan: The merged plan.
+        reports: One report a rank.
+        algorithm: Of the digests.
+    """
+    layout, chunks = plan.layout, plan.layout.chunks
+    return FileTables(
+        file_entries(layout.names, layout.parts, layout.ranks.tolist(), reports, algorithm),
+        layout.file_chunk_count.astype(np.int64),
+        chunks.tensor,
+        chunks.offsets,
+        chunks.sizes,
+        np.concatenate([report.digests for report in reports]),
+    )
 
 
 def software() -> Software:
@@ -118,6 +177,7 @@ def software() -> Software:
 
 def build_documents(
     plan: GlobalPlan,
+    tables: FileTables,
     reports: Sequence[RankReport],
     identity: AttemptIdentity,
     facts: Facts,
@@ -129,6 +189,7 @@ def build_documents(
 
     Args:
         plan: The merged plan.
+        tables: Where its chunks lie.
         reports: One report a rank.
         identity: Which attempt.
         facts: What the caller says.
@@ -141,15 +202,14 @@ def build_documents(
         InvalidDocument: A document would be larger than readers accept.
     """
     algorithm = DigestAlgorithm(signing.digest_algorithm)
-    digests = np.concatenate([report.digests for report in reports])
-    files = _file_entries(plan, reports, digests, algorithm)
+    files = tables.files
     index = ChunkIndex.build(
-        file_chunk_count=plan.layout.file_chunk_count,
-        chunk_tensor=plan.layout.chunks.tensor,
-        offsets=plan.layout.chunks.offsets,
-        sizes=plan.layout.chunks.sizes,
+        file_chunk_count=tables.counts,
+        chunk_tensor=tables.tensor,
+        offsets=tables.offsets,
+        sizes=tables.sizes,
         ndims=np.asarray([len(entry.global_shape) for entry in plan.tensors], np.int64),
-        block_digest=digests,
+        block_digest=tables.digests,
     )
     index_bytes = index.to_bytes()
     tensors = _with_tensor_digests(plan, np.concatenate([r.position_sums for r in reports]))
@@ -188,7 +248,7 @@ def build_documents(
             tensors=len(plan.tensors),
             chunks=len(index.chunk_tensor),
             boxes=len(index.box_ndim),
-            blocks=len(digests),
+            blocks=len(tables.digests),
             files=len(files),
             num_bytes=sum(file.size for file in files),
         ),
@@ -197,7 +257,7 @@ def build_documents(
     )
     _refuse_unreadable(manifest, catalog, index)
     manifest_bytes = encode(manifest, partial(signing.sign, MANIFEST_NAME))
-    return Documents(manifest, manifest_bytes, catalog_bytes, index_bytes, files)
+    return Documents(manifest, catalog, index, manifest_bytes, catalog_bytes, index_bytes)
 
 
 def _with_tensor_digests(plan: GlobalPlan, sums: npt.NDArray[np.uint64]) -> tuple[TensorEntry, ...]:
@@ -237,12 +297,15 @@ def _refuse_unreadable(manifest: Manifest, catalog: Catalog, index: ChunkIndex) 
         )
 
 
-def _file_entries(
-    plan: GlobalPlan,
+def file_entries(
+    names: Sequence[str],
+    parts: Sequence[str],
+    ranks: Sequence[int],
     reports: Sequence[RankReport],
-    digests: np.ndarray[Any, Any],
     algorithm: DigestAlgorithm,
 ) -> tuple[FileEntry, ...]:
+    """Catalog entries of the files that ranks reported, in their order."""
+    digests = np.concatenate([report.digests for report in reports])
     sizes = np.concatenate([report.sizes for report in reports]).tolist()
     headers = np.concatenate([report.header_sizes for report in reports]).tolist()
     num_blocks = np.concatenate([report.num_blocks for report in reports])
@@ -257,9 +320,9 @@ def _file_entries(
             digest=fold(digests[start:end].tobytes(), algorithm),
         )
         for name, part, rank, size, header, start, end in zip(
-            plan.layout.names,
-            plan.layout.parts,
-            plan.layout.ranks.tolist(),
+            names,
+            parts,
+            ranks,
             sizes,
             headers,
             (ends - num_blocks).tolist(),

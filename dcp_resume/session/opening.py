@@ -227,7 +227,9 @@ def check_files(store: ObjectStore, opened: OpenedCheckpoint) -> None:
     if are_ancestors:
         raise MissingAncestors(
             f"{opened.prefix} refers to files of older checkpoints that are not at hand:\n"
-            f"{summarise(problems)}\nopen it in its run",
+            f"{summarise(problems)}\nopen it in its run, or "
+            f"make it self-contained there: dcp-resume materialize RUN --step "
+            f"{opened.manifest.step}",
             problems=tuple(problems),
         )
     raise InvalidCheckpoint(

@@ -33,9 +33,11 @@ from dcp_resume.planning.plans import LocalPlan
 from dcp_resume.planning.state import LocalState, describe_state
 from dcp_resume.session.attempt import Attempt, Order, Run
 from dcp_resume.session.documents import Facts
+from dcp_resume.session.incremental import IncrementalSave
 from dcp_resume.session.plan_memory import TELL_ALL, PlanMemory
 from dcp_resume.session.staging import BufferPool
 from dcp_resume.session.tensor_digests import TensorDigests
+from dcp_resume.session.unchanged import ChunkMemory, Unchanged
 from dcp_resume.session.votes import Votes
 from dcp_resume.session.writing import (
     RankReport,
@@ -57,7 +59,7 @@ class SaveResult:
     """Log number of its commit."""
     attempt: str
     num_bytes: int
-    """Bytes of its data files, over all ranks."""
+    """Bytes of its data files, over all ranks; also of older ones that it refers to."""
     duration_s: float
     """From the call of ``save`` to the commit."""
 
@@ -72,7 +74,10 @@ class SaveSession:
         facts: For the manifest; the coordinator's count.
         declarations: What the caller knows of its leaves.
         tensor_digests: Whether to record a digest of each tensor; the coordinator's word counts.
-        memory: Of earlier saves of the run; by default there is none.
+        memory: Of earlier saves' plans; by default there is none.
+        unchanged: What to do with chunks that the newest checkpoint has; the coordinator's word
+            counts.
+        chunks: Of the last save, to compare with; by default there is none.
     """
 
     def __init__(
@@ -85,6 +90,8 @@ class SaveSession:
         declarations: Declarations | None = None,
         tensor_digests: TensorDigests = TensorDigests.OMIT,
         memory: PlanMemory | None = None,
+        unchanged: Unchanged = Unchanged.WRITE,
+        chunks: ChunkMemory | None = None,
     ) -> None:
         self._run = run
         self._votes = votes
@@ -93,6 +100,8 @@ class SaveSession:
         self._declarations = declarations or Declarations()
         self._tensor_digests = tensor_digests
         self._memory = memory or PlanMemory()
+        self._unchanged = unchanged
+        self._incremental = IncrementalSave(run, chunks or ChunkMemory(), votes.rank)
         self._started = time.monotonic()
         self._order: Order | None = None  # known after step 1
         self._staged: StagedRank | None = None  # known after step 2
@@ -182,6 +191,9 @@ class SaveSession:
                 self._staged.release()
         self._reach(5)
         seq, attempt, num_bytes = json.loads(answer)
+        assert self._order is not None
+        if self._order.unchanged is Unchanged.REFER:
+            self._incremental.keep(seq, self._order)
         duration = time.monotonic() - self._started
         if self._votes.rank == 0:
             emit(
@@ -210,7 +222,11 @@ class SaveSession:
         if not self._memory.can_merge(told):
             return [TELL_ALL] * len(ballots)
         plan = self._memory.merge(told)
-        self._attempt = Attempt.begin(self._run, plan, self._step, self._tensor_digests)
+        is_referring = self._unchanged is Unchanged.REFER
+        find = self._incremental.memory.parent_in if is_referring else lambda history: 0
+        self._attempt = Attempt.begin(
+            self._run, plan, self._step, self._tensor_digests, self._unchanged, find
+        )
         order = self._attempt.order.to_bytes()
         return [order + answer for answer in self._memory.answers(told, plan)]
 
@@ -224,16 +240,19 @@ class SaveSession:
         assert self._staged is not None
         started, num_bytes = time.monotonic(), self.num_bytes
         order = self._order
-        report = write_rank(
-            self._staged,
-            self._run.store,
-            order.prefix,
-            order.block_size,
-            order.algorithm,
-            order.tensor_digests,
-        )
+        if order.unchanged is Unchanged.REFER:
+            ballot = self._incremental.write(self._staged, order)
+        else:
+            ballot = write_rank(
+                self._staged,
+                self._run.store,
+                order.prefix,
+                order.block_size,
+                order.algorithm,
+                order.tensor_digests,
+            ).to_bytes()
         self._finish_phase("write", started, num_bytes)
-        return report.to_bytes()
+        return ballot
 
     # Step 4, coordinator.
 
@@ -241,8 +260,11 @@ class SaveSession:
         assert self._attempt is not None
         self._reach(4)
         started = time.monotonic()
-        reports = [RankReport.from_bytes(ballot) for ballot in ballots]
-        committed = self._attempt.commit(reports, self._facts)
+        if self._attempt.unchanged is Unchanged.REFER:
+            committed = self._incremental.commit(self._attempt, ballots, self._facts)
+        else:
+            reports = [RankReport.from_bytes(ballot) for ballot in ballots]
+            committed = self._attempt.commit(reports, self._facts)
         self._finish_phase("commit", started, 0)
         outcome = [committed.seq, committed.record.attempt, committed.record.num_bytes]
         return [json.dumps(outcome).encode()] * len(ballots)

@@ -148,7 +148,7 @@ class FileStreamer:
         if outcome.problems:
             raise CorruptData(
                 f"the source {self._opened.prefix} is damaged; nothing was committed:\n"
-                f"{summarise(outcome.problems)}\nreshard another step",
+                f"{summarise(outcome.problems)}\ntake another step",
                 problems=tuple(outcome.problems),
             )
 

@@ -47,6 +47,7 @@ def _no_sums() -> npt.NDArray[np.uint64]:
 class PlacedChunk:
     """One planned chunk, without its bytes: its line of the header, and what it is cut from."""
 
+    fqn: str
     line: ChunkHeader
     shape: tuple[int, ...] | None = None
     """Of the tensor that it is cut from, without padding; None where it is no part of one that the
@@ -81,12 +82,13 @@ class RankSource:
         own = list(self.per_rank_leaves.values())
         fqns = [held.entry.fqn for held in self.tensors]
         fqns += [PER_RANK_LEAVES + part for part in self.per_rank_leaves]
-        for local, key, offsets, sizes in plan.rows(fqns):
+        for local, fqn, key, offsets, sizes in plan.rows(fqns):
             if local < 0:
-                yield _leaves_chunk(key, offsets, sizes, plan.inline[key])
+                yield _leaves_chunk(fqn, key, offsets, sizes, plan.inline[key])
                 continue
             if local >= len(self.tensors):
-                yield _leaves_chunk(key, offsets, sizes, own[local - len(self.tensors)])
+                data = own[local - len(self.tensors)]
+                yield _leaves_chunk(fqn, key, offsets, sizes, data)
                 continue
             held = self.tensors[local]
             entry = held.entry
@@ -95,16 +97,16 @@ class RankSource:
             box = Box(tuple(offsets[:ndim]), tuple(sizes[:ndim]))
             line = ChunkHeader(key, entry.dtype, box.sizes, box.offsets)
             if is_stacked:
-                yield held.pieces[0].memory.unsqueeze(0), PlacedChunk(line)
+                yield held.pieces[0].memory.unsqueeze(0), PlacedChunk(fqn, line)
             else:
-                yield held.view(box), PlacedChunk(line, logical_shape(entry))
+                yield held.view(box), PlacedChunk(fqn, line, logical_shape(entry))
 
 
 def _leaves_chunk(
-    key: str, offsets: Sequence[int], sizes: Sequence[int], data: bytes
+    fqn: str, key: str, offsets: Sequence[int], sizes: Sequence[int], data: bytes
 ) -> tuple[torch.Tensor, PlacedChunk]:
     view = torch.frombuffer(bytearray(data), dtype=torch.uint8)
-    return view, PlacedChunk(ChunkHeader(key, "uint8", tuple(sizes[:1]), tuple(offsets[:1])))
+    return view, PlacedChunk(fqn, ChunkHeader(key, "uint8", tuple(sizes[:1]), tuple(offsets[:1])))
 
 
 @dataclass(slots=True)
@@ -112,6 +114,7 @@ class StagedRank:
     """A rank's data files, ready to be written."""
 
     names: list[str]
+    parts: list[str]
     headers: list[bytes]
     files: list[StagedFile]
     chunks: list[list[PlacedChunk]]
@@ -144,6 +147,7 @@ def stage_rank(plan: RankPlan, source: ChunkSource, pool: BufferPool | None) -> 
         chunks[file].append(chunk)
     return StagedRank(
         names=[file.name for file in plan.files],
+        parts=[file.part for file in plan.files],
         headers=[header_bytes([chunk.line for chunk in own]) for own in chunks],
         files=[borrow_chunks(v) if pool is None else stage_chunks(v, pool) for v in views],
         chunks=chunks,

@@ -110,7 +110,7 @@ def test_one_holder_writes_each_element(world, cut_bytes):
     for rank, plan in enumerate(plans):
         part = RankPlan.from_bytes(merged.rank_plan(rank).to_bytes())
         entries = [names[f] for f in _fqns(plan)]
-        named = [key for _, key, _, _ in part.rows(_fqns(plan))]
+        named = [key for _, _, key, _, _ in part.rows(_fqns(plan))]
         files = [part.files[file].name for file in part.file.tolist()]
         file_keys = list(zip(files, named, strict=True))
         keys.update(file_keys)

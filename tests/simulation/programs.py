@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import itertools
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from datetime import UTC, datetime
 from functools import partial
 
@@ -45,6 +45,17 @@ MakeLog = Callable[..., RunLog]
 ChooseParent = Callable[[RunHistory], CommitEntry | None]
 Sweep = Callable[[ScriptedStore, RunHistory, int], object]
 Remove = Callable[[ScriptedStore, RunLog, Litter], object]
+Share = Callable[[Sequence[str]], Sequence[str]]
+"""Which of the keys that its parent needs, the parent's own first, an incremental commit needs."""
+
+
+def all_of_parent(keys: Sequence[str]) -> Sequence[str]:
+    return keys
+
+
+def elders_of_parent(keys: Sequence[str]) -> Sequence[str]:
+    """All that the parent wrote has changed; what it refers to has not."""
+    return keys[1:]
 
 
 def catalog_key(record: CommitRecord) -> str:
@@ -73,6 +84,7 @@ def trainer(
     patience: int = 2,
     make_log: MakeLog = RunLog,
     choose_parent: ChooseParent = RunHistory.newest,
+    share: Share = all_of_parent,
     choose_source: Callable[[RunHistory], int | None] = rules.choose_newest,
 ) -> Program:
     """Opens the run (unless it owns ``generation`` from the start), then saves ``steps``."""
@@ -87,7 +99,7 @@ def trainer(
         for number, step in enumerate(steps):
             attempt = f"{name}{number}"
             try:
-                committed = _save(store, log, own, step, attempt, full, choose_parent)
+                committed = _save(store, log, own, step, attempt, full, choose_parent, share)
             except CommitUnknown:
                 continue  # its files are kept
             except (CommitRefused, StorageError):
@@ -107,13 +119,14 @@ def _save(
     attempt: str,
     full: bool,
     choose_parent: ChooseParent,
+    share: Share,
 ) -> rules.Committed:
     history = log.history
     parent = None if full else choose_parent(history)
     key = attempt_prefix(step, attempt) + "catalog.json"
     needed = [key]
     if parent is not None:
-        needed += json.loads(store.read(catalog_key(parent.record), max_bytes=2**20))
+        needed += share(json.loads(store.read(catalog_key(parent.record), max_bytes=2**20)))
     store.write(key, [memoryview(json.dumps(needed).encode())])
     return rules.commit(
         log,
@@ -122,11 +135,16 @@ def _save(
         attempt=attempt,
         manifest=DocumentRef(key=key, size=1, digest="xxh3-128:" + "0" * 32),
         parent=parent.seq if parent else None,
-        references=[parent.seq, *parent.record.references] if parent else [],
+        references=_owners(history, parent, needed) if parent else [],
         planned_at=history.last_seq,
         num_bytes=1,
         trainer=TrainerFacts(step=step),
     )
+
+
+def _owners(history: RunHistory, parent: CommitEntry, needed: Sequence[str]) -> list[int]:
+    known = (parent.seq, *parent.record.references)
+    return [seq for seq in known if catalog_key(history.commits[seq]) in needed]
 
 
 def needs(store: ScriptedStore, record: CommitRecord) -> frozenset[str]:

@@ -6,6 +6,7 @@ import pytest
 
 from .programs import (
     cleaner,
+    elders_of_parent,
     initial_objects,
     policy_pruner,
     pruner,
@@ -49,6 +50,17 @@ def test_two_successors_race_for_the_run():
     programs = [trainer("z", (80,), generation=1), trainer("s", (80,)), trainer("t", (80,))]
     found = explore(start(initial_objects(INCREMENTAL), programs), may_crash=ZOMBIE | SUCCESSOR)
     assert found.bad == {}
+
+
+@pytest.mark.parametrize("other", [pruner(1), policy_pruner(POLICY)], ids=["any", "by policy"])
+def test_incremental_commits_refer_to_elders_alone_while_these_are_pruned(other):
+    """What lies between is free to go; files of an elder, retired or not, must stay."""
+    checkpoints = {20: ("a", ()), 40: ("b", ("a",)), 60: ("c", ("a",))}
+    writer = trainer("z", (80, 100), generation=1, share=elders_of_parent)
+    programs = [writer, trainer("s", (120,), share=elders_of_parent), other]
+    found = explore(start(initial_objects(checkpoints), programs), may_crash=ZOMBIE)
+    assert found.bad == {}
+    assert found.num_states > 1_000
 
 
 def test_a_parent_is_quarantined_while_its_child_is_written():

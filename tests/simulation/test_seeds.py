@@ -10,7 +10,14 @@ import random
 
 import pytest
 
-from .programs import cleaner, initial_objects, pruner, quarantiner, trainer
+from .programs import (
+    cleaner,
+    elders_of_parent,
+    initial_objects,
+    pruner,
+    quarantiner,
+    trainer,
+)
 from .scripted import Answer, Question
 from .world import State, lose, new_shelf, start
 
@@ -27,6 +34,7 @@ def build_first_state() -> State:
         trainer("t", (100, 120, 140), patience=4),
         trainer("rollback", (60, 80), choose_source=lambda history: min(history.live_commits())),
         trainer("u", (80, 100), full=True),
+        trainer("e", (80, 100, 120), share=elders_of_parent),
         pruner(3),
         pruner(2),
         quarantiner(4),

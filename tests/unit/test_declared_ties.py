@@ -144,7 +144,7 @@ def test_the_other_stage_may_write_what_is_stored_under_the_first_name():
     part = merged.rank_plan(1)
     own = [entry.fqn for entry in decode_structure(plans[1].shape.structure)[0]]
     assert "model.embed.weight" not in own
-    assert "model.embed.weight" in [key for _, key, _, _ in part.rows(own)]
+    assert "model.embed.weight" in [key for _, _, key, _, _ in part.rows(own)]
     assert -1 not in part.tensor.tolist()
 
 

@@ -166,4 +166,4 @@ def test_wide_dtypes_come_first_in_a_file():
 
     plan = merged(state).rank_plan(0)
 
-    assert [key for _, key, _, _ in plan.rows(["m.a", "m.b"])] == ["m.b", "m.a"]
+    assert [key for _, _, key, _, _ in plan.rows(["m.a", "m.b"])] == ["m.b", "m.a"]
