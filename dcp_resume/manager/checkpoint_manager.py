@@ -29,6 +29,7 @@ from dcp_resume.manager.pending import PendingSave, refuse_if_busy
 from dcp_resume.manager.retention import Retention
 from dcp_resume.manager.settings import SaveMode, Settings, WhenBusy
 from dcp_resume.manager.stateful import Bound, bind_state, choose_state, declarations_of
+from dcp_resume.manager.step_memory import StepGuard, step_memory
 from dcp_resume.manager.trainer_state import (
     Ancestor,
     check_trainer,
@@ -37,6 +38,7 @@ from dcp_resume.manager.trainer_state import (
 from dcp_resume.manifest.history import CommitEntry, RunHistory
 from dcp_resume.manifest.models import TrainerFacts
 from dcp_resume.session.attempt import Run
+from dcp_resume.session.copies import AtOnce, Copies, LateCopies
 from dcp_resume.session.documents import Facts
 from dcp_resume.session.load import LoadOptions, LoadResult, Located, locate
 from dcp_resume.session.ownership import own_run
@@ -112,6 +114,7 @@ class CheckpointManager:
         self._ranks = Ranks()
         self._pool = BufferPool()
         self._background = ThreadPoolExecutor(1, "dcp-resume-save")
+        self._step_guard: StepGuard | None = None  # made by the first lazy save
         self._retention = Retention(self.settings.retention_policy)
         self._run: Run | None = None
         self._loaded_seq: int | None = None
@@ -136,7 +139,8 @@ class CheckpointManager:
             deadline_s: Seconds; instead of those of the settings.
 
         Returns:
-            The save; already committed in ``SaveMode.BLOCKING``.
+            The save; already committed in ``SaveMode.BLOCKING``. In ``SaveMode.LAZY`` call its
+            ``wait_until_staged`` before a change to the state by anything but an optimizer.
 
         Raises:
             ConfigurationError: ``step`` is negative, optimizer state is required and there is none,
@@ -174,8 +178,9 @@ class CheckpointManager:
             bounds.append(bind_state(chosen))
             return bounds[0].state_dict()
 
+        copies = self._copies_of(state)
         try:
-            session.stage(collect, pool)
+            session.stage(collect, pool, copies)
             if is_blocking:
                 future: Future[SaveResult] = Future()
                 future.set_result(self._finish(session, step))
@@ -184,7 +189,7 @@ class CheckpointManager:
         finally:
             for bound in bounds:
                 bound.undo()
-        self._pending = PendingSave(step, future)
+        self._pending = PendingSave(step, future, copies)
         return self._pending
 
     @property
@@ -328,6 +333,8 @@ class CheckpointManager:
             self.wait()
         finally:
             self._background.shutdown()
+            if self._step_guard is not None:
+                self._step_guard.close()
             self._retention.close()
             self._pool.clear()
             self._store.close()
@@ -364,6 +371,14 @@ class CheckpointManager:
             pending.wait(timeout_s)
             self._pending = None
             pending.raise_unseen()
+
+    def _copies_of(self, state: Mapping[str, Any]) -> Copies:
+        if self.settings.mode is not SaveMode.LAZY:
+            return AtOnce()
+        self._step_guard = self._step_guard or StepGuard()
+        copies = LateCopies(step_memory(state))
+        self._step_guard.watch(copies)
+        return copies
 
     def _load(
         self,

@@ -31,6 +31,7 @@ from dcp_resume.planning.declarations import Declarations
 from dcp_resume.planning.plans import LocalPlan, local_plan, per_rank_leaves
 from dcp_resume.planning.state import LocalState, describe_state
 from dcp_resume.session.attempt import Attempt, RankOrder, Run
+from dcp_resume.session.copies import AtOnce, Copies
 from dcp_resume.session.documents import Facts
 from dcp_resume.session.staging import BufferPool
 from dcp_resume.session.tensor_digests import TensorDigests
@@ -89,6 +90,8 @@ class SaveSession:
         self._declarations = declarations or Declarations()
         self._tensor_digests = tensor_digests
         self._started = time.monotonic()
+        self._stage_started = self._started
+        self._copies: Copies = AtOnce()
         self._order: RankOrder | None = None  # known after step 1
         self._staged: StagedRank | None = None  # known after step 2
         self._failure: Exception | None = None  # of step 2, told to all ranks in step 4
@@ -103,6 +106,7 @@ class SaveSession:
         self,
         state: Mapping[str, Any] | Callable[[], Mapping[str, Any]],
         pool: BufferPool | None,
+        copies: Copies | None = None,
     ) -> None:
         """Steps 1 and 2.
 
@@ -110,6 +114,7 @@ class SaveSession:
             state: Nested mapping of this rank's leaves, or a function that returns it: what that
                 raises is told to all ranks.
             pool: Buffers to copy into, or None to borrow the tensors' memory until ``finish`` ends.
+            copies: How to copy into them; by default at once. What is left is done in ``finish``.
 
         Raises:
             RankErrors: A rank's state cannot be saved, or the store failed; names ranks and causes.
@@ -131,14 +136,16 @@ class SaveSession:
         self._finish_phase("plan", started, 0)
 
         self._reach(2)
-        started = time.monotonic()
+        self._stage_started = time.monotonic()
+        self._copies = copies or AtOnce()
         source = RankSource(described[0].tensors, per_rank_leaves(described[0]))
         try:
-            self._staged = stage_rank(self._order.plan, source, pool)
+            self._staged = stage_rank(self._order.plan, source, pool, self._copies)
         except Exception as error:
             # The others are past this step: they hear of it, with its cause, when they report.
             self._failure = error
-        self._finish_phase("stage", started, self.num_bytes)
+        if self._copies.are_done:
+            self._finish_phase("stage", self._stage_started, self.num_bytes)
 
     def finish(self) -> SaveResult:
         """Steps 3 to 5.
@@ -157,6 +164,7 @@ class SaveSession:
         except RankSilent as error:
             answer = self._outcome_from_log(error)
         finally:
+            self._copies.abandon()
             if self._staged is not None:
                 self._staged.release()
         self._reach(5)
@@ -197,6 +205,10 @@ class SaveSession:
         if self._failure is not None:
             raise self._failure
         assert self._staged is not None
+        is_late = not self._copies.are_done
+        self._copies.finish()
+        if is_late:
+            self._finish_phase("stage", self._stage_started, self.num_bytes)
         started, num_bytes = time.monotonic(), self.num_bytes
         order = self._order
         report = write_rank(
