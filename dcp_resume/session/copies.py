@@ -23,6 +23,8 @@ __all__ = ["AtOnce", "Copies", "LateCopies", "StepMemory", "StepTensor"]
 
 _MIN_LATE_BYTES = 32 * 1024
 """Smaller copies cost less than to queue them."""
+_Pair = tuple[torch.Tensor, torch.Tensor]
+"""Place and source."""
 _PIECE_BYTES = 8 << 20
 """Of a large copy, so that two threads share it and neither waits long for the other's."""
 
@@ -31,7 +33,7 @@ class Copies(Protocol):
     """The copies of one save."""
 
     def copy(self, place: torch.Tensor, source: torch.Tensor) -> None:
-        """Copy ``source`` into the buffer ``place``, of its shape and dtype, now or later."""
+        """Copy ``source`` into ``place``, a flat uint8 buffer of its bytes, now or later."""
 
     @property
     def are_done(self) -> bool:
@@ -58,7 +60,7 @@ class AtOnce:
 
     def copy(self, place: torch.Tensor, source: torch.Tensor) -> None:
         """Copy."""
-        place.copy_(source)
+        _fill(place, source)
 
     def drain(self) -> None:
         """Nothing is left."""
@@ -68,6 +70,11 @@ class AtOnce:
 
     def abandon(self) -> None:
         """Nothing is left."""
+
+
+def _fill(place: torch.Tensor, source: torch.Tensor) -> None:
+    # Places are aligned, because wide dtypes come first in a file.
+    place.view(source.dtype).view(source.shape).copy_(source)
 
 
 @dataclass(frozen=True, slots=True)
@@ -126,15 +133,6 @@ def _span(tensor: torch.Tensor) -> tuple[int, int]:
     return start, start + (last + 1) * tensor.element_size()
 
 
-@dataclass(frozen=True, slots=True)
-class _Queued:
-    owner: StepTensor
-    version: int
-    """Of the owner, at the save."""
-    place: torch.Tensor
-    source: torch.Tensor
-
-
 class LateCopies:
     """Copies memory that only steps change later, and all other at once.
 
@@ -144,8 +142,8 @@ class LateCopies:
 
     def __init__(self, memory: StepMemory) -> None:
         self._memory = memory
-        self._queue: deque[_Queued] = deque()
-        self._all: list[tuple[StepTensor, int]] = []
+        self._queue: deque[_Pair] = deque()
+        self._all: list[tuple[StepTensor, int]] = []  # with its version at the save
         self._changed = threading.Condition()
         self._num_running = 0
         self._failure: BaseException | None = None
@@ -157,16 +155,17 @@ class LateCopies:
         if source.device.type == "cpu" and source.nbytes >= _MIN_LATE_BYTES:
             owner = self._memory.owner_of(source)
         if owner is None:
-            place.copy_(source)
+            _fill(place, source)
             return
         version = owner.tensor._version
         self._all.append((owner, version))
         if source.nbytes <= _PIECE_BYTES or not source.is_contiguous():
-            self._queue.append(_Queued(owner, version, place, source))
+            self._queue.append((place, source))
             return
         length = _PIECE_BYTES // source.element_size()
-        pairs = zip(place.view(-1).split(length), source.view(-1).split(length), strict=True)
-        self._queue.extend(_Queued(owner, version, *pair) for pair in pairs)
+        pieces = source.view(-1).split(length)
+        pairs = zip(place.split(length * source.element_size()), pieces, strict=True)
+        self._queue.extend(pairs)
 
     @property
     def are_done(self) -> bool:
@@ -177,10 +176,10 @@ class LateCopies:
         """Copy what is left, beside other threads that do; return when nothing is left."""
         if self._are_done:
             return
-        while (queued := self._claim()) is not None:
+        while (pair := self._claim()) is not None:
             failure: BaseException | None = None
             try:
-                queued.place.copy_(queued.source)
+                _fill(*pair)
             except BaseException as error:
                 # Told by finish: a save that fails must not stop the step that waits for it.
                 failure = error
@@ -212,7 +211,7 @@ class LateCopies:
             self._all = []
         self.drain()
 
-    def _claim(self) -> _Queued | None:
+    def _claim(self) -> _Pair | None:
         with self._changed:
             if not self._queue:
                 return None

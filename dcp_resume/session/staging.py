@@ -94,9 +94,7 @@ def borrow_chunks(views: Sequence[torch.Tensor]) -> StagedFile:
     return StagedFile(buffers, [len(buffer) for buffer in buffers])
 
 
-def stage_chunks(
-    views: Sequence[torch.Tensor], pool: BufferPool, copies: Copies
-) -> StagedFile:
+def stage_chunks(views: Sequence[torch.Tensor], pool: BufferPool, copies: Copies) -> StagedFile:
     """Copy the chunks into one buffer, in file order.
 
     When ``copies`` are done the caller may change the tensors.
@@ -110,18 +108,10 @@ def stage_chunks(
             source = view.detach()
             if source.is_conj() or source.is_neg():
                 source = source.resolve_conj().resolve_neg()
-            copies.copy(_typed(place, source), source)
+            copies.copy(place, source)
         position += length
     whole = as_bytes(buffer[:position])
     return StagedFile([whole], lengths, pool, buffer)
-
-
-def _typed(place: torch.Tensor, source: torch.Tensor) -> torch.Tensor:
-    """The bytes of ``place`` as a tensor of the source's dtype and shape.
-
-    Places are aligned, because wide dtypes come first in a file.
-    """
-    return place.view(source.dtype).view(source.shape)
 
 
 def snapshot(state: Any) -> Any:

@@ -150,9 +150,7 @@ def stage_rank(
     return StagedRank(
         names=[file.name for file in plan.files],
         headers=[header_bytes([chunk.line for chunk in own]) for own in chunks],
-        files=[
-            borrow_chunks(v) if pool is None else stage_chunks(v, pool, copies) for v in views
-        ],
+        files=[borrow_chunks(v) if pool is None else stage_chunks(v, pool, copies) for v in views],
         chunks=chunks,
     )
 

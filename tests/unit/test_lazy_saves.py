@@ -140,7 +140,7 @@ def late_copies(num_tensors: int) -> tuple[LateCopies, nn.ParameterList, list[to
     copies = LateCopies(step_memory({"model": model, "optim": optimizer}))
     places = [torch.zeros(ROWS, ROWS) for _ in model]
     for place, parameter in zip(places, model, strict=True):
-        copies.copy(place, parameter.detach())
+        copies.copy(place.view(-1).view(torch.uint8), parameter.detach())
         parameter.grad = torch.ones_like(parameter)
     return copies, model, places
 
@@ -184,7 +184,7 @@ def test_large_and_strided_tensors_arrive_whole():
     copies = LateCopies(memory)
     places = [torch.zeros(parameter.shape) for parameter in model]
     for place, parameter in zip(places, model, strict=True):
-        copies.copy(place, parameter.detach())
+        copies.copy(place.view(-1).view(torch.uint8), parameter.detach())
     assert not any(place.any() for place in places)
     copies.finish()
     assert all(torch.equal(p, w) for p, w in zip(places, model, strict=True))
