@@ -163,8 +163,8 @@ class LateCopies:
             self._queue.append((place, source))
             return
         length = _PIECE_BYTES // source.element_size()
-        pieces = source.view(-1).split(length)
-        pairs = zip(place.split(length * source.element_size()), pieces, strict=True)
+        pieces = torch.split(source.view(-1), length)
+        pairs = zip(torch.split(place, length * source.element_size()), pieces, strict=True)
         self._queue.extend(pairs)
 
     @property
