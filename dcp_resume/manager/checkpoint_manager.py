@@ -29,7 +29,7 @@ from dcp_resume.manager.pending import PendingSave, refuse_if_busy
 from dcp_resume.manager.retention import Retention
 from dcp_resume.manager.settings import SaveMode, Settings, WhenBusy
 from dcp_resume.manager.stateful import Bound, bind_state, choose_state, declarations_of
-from dcp_resume.manager.step_memory import StepGuard, step_memory
+from dcp_resume.manager.step_memory import StepGuard
 from dcp_resume.manager.trainer_state import (
     Ancestor,
     check_trainer,
@@ -38,7 +38,7 @@ from dcp_resume.manager.trainer_state import (
 from dcp_resume.manifest.history import CommitEntry, RunHistory
 from dcp_resume.manifest.models import TrainerFacts
 from dcp_resume.session.attempt import Run
-from dcp_resume.session.copies import AtOnce, Copies, LateCopies
+from dcp_resume.session.copies import AtOnce
 from dcp_resume.session.documents import Facts
 from dcp_resume.session.load import LoadOptions, LoadResult, Located, locate
 from dcp_resume.session.ownership import own_run
@@ -114,7 +114,7 @@ class CheckpointManager:
         self._ranks = Ranks()
         self._pool = BufferPool()
         self._background = ThreadPoolExecutor(1, "dcp-resume-save")
-        self._step_guard: StepGuard | None = None  # made by the first lazy save
+        self._step_guard = StepGuard()
         self._retention = Retention(self.settings.retention_policy)
         self._run: Run | None = None
         self._loaded_seq: int | None = None
@@ -178,7 +178,8 @@ class CheckpointManager:
             bounds.append(bind_state(chosen))
             return bounds[0].state_dict()
 
-        copies = self._copies_of(state)
+        is_lazy = self.settings.mode is SaveMode.LAZY
+        copies = self._step_guard.late_copies(state) if is_lazy else AtOnce()
         try:
             session.stage(collect, pool, copies)
             if is_blocking:
@@ -333,8 +334,7 @@ class CheckpointManager:
             self.wait()
         finally:
             self._background.shutdown()
-            if self._step_guard is not None:
-                self._step_guard.close()
+            self._step_guard.close()
             self._retention.close()
             self._pool.clear()
             self._store.close()
@@ -371,14 +371,6 @@ class CheckpointManager:
             pending.wait(timeout_s)
             self._pending = None
             pending.raise_unseen()
-
-    def _copies_of(self, state: Mapping[str, Any]) -> Copies:
-        if self.settings.mode is not SaveMode.LAZY:
-            return AtOnce()
-        self._step_guard = self._step_guard or StepGuard()
-        copies = LateCopies(step_memory(state))
-        self._step_guard.watch(copies)
-        return copies
 
     def _load(
         self,

@@ -11,10 +11,11 @@ from torch.distributed.tensor import DTensor
 from torch.nn import Module
 from torch.optim import Optimizer
 from torch.optim.optimizer import register_optimizer_step_pre_hook
+from torch.utils.hooks import RemovableHandle
 
 from dcp_resume.manager.fsdp1 import is_fsdp1
 from dcp_resume.manager.stateful import optimizers_of
-from dcp_resume.session.copies import Copies, StepMemory, StepTensor
+from dcp_resume.session.copies import AtOnce, Copies, LateCopies, StepMemory, StepTensor
 
 __all__ = ["StepGuard", "step_memory"]
 
@@ -91,21 +92,30 @@ class StepGuard:
     """Makes every optimizer of the process wait, before it steps, until a save is staged."""
 
     def __init__(self) -> None:
-        self._copies: Copies | None = None
-        # It stays until ``close``: torch walks its hooks without a lock, so that one must not
-        # be removed in another thread, or from inside of itself.
-        self._hook = register_optimizer_step_pre_hook(self._before_step)
+        self._copies: Copies = AtOnce()
+        self._hook: RemovableHandle | None = None
+
+    def late_copies(self, state: Mapping[str, Any]) -> LateCopies:
+        """The copies of a new save of ``state``, for which optimizers wait from now on."""
+        copies = LateCopies(step_memory(state))
+        self.watch(copies)
+        return copies
 
     def watch(self, copies: Copies) -> None:
-        """From now on wait for these copies."""
+        """From now on wait for these copies, and no others."""
         self._copies = copies
+        if self._hook is None:
+            # It stays until ``close``: torch walks its hooks without a lock, so that one must not
+            # be removed in another thread, or from inside of itself.
+            self._hook = register_optimizer_step_pre_hook(self._before_step)
 
     def close(self) -> None:
         """Watch no longer."""
-        self._copies = None
-        self._hook.remove()
+        self._copies = AtOnce()
+        if self._hook is not None:
+            self._hook.remove()
+            self._hook = None
 
     def _before_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
         del optimizer, args, kwargs
-        if self._copies is not None:
-            self._copies.drain()
+        self._copies.drain()

@@ -56,7 +56,10 @@ class Copies(Protocol):
 class AtOnce:
     """Copies in the caller's thread."""
 
-    are_done = True
+    @property
+    def are_done(self) -> bool:
+        """Always."""
+        return True
 
     def copy(self, place: torch.Tensor, source: torch.Tensor) -> None:
         """Copy."""
@@ -192,6 +195,7 @@ class LateCopies:
             if not self._are_done:
                 self._failure = self._failure or _changed_early(self._all)
                 self._all = []
+                self._memory = StepMemory((), ())  # lets go of the trainer's tensors
                 self._are_done = True
 
     def finish(self) -> None:
