@@ -30,11 +30,7 @@ from dcp_resume.manager.retention import Retention
 from dcp_resume.manager.settings import SaveMode, Settings, WhenBusy
 from dcp_resume.manager.stateful import Bound, bind_state, choose_state, declarations_of
 from dcp_resume.manager.step_memory import StepGuard
-from dcp_resume.manager.trainer_state import (
-    Ancestor,
-    check_trainer,
-    note_ancestor,
-)
+from dcp_resume.manager.trainer_state import Ancestor, check_trainer, note_ancestor
 from dcp_resume.manifest.history import CommitEntry, RunHistory
 from dcp_resume.manifest.models import TrainerFacts
 from dcp_resume.session.attempt import Run
