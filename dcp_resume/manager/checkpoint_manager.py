@@ -19,14 +19,12 @@ from dcp_resume.manager.resuming import load_newest_whole
 from dcp_resume.manager.retention import Retention
 from dcp_resume.manager.settings import SaveMode, Settings, WhenBusy
 from dcp_resume.manager.stateful import Bound, bind_state, choose_state, declarations_of
-from dcp_resume.manager.trainer_state import (
-    Ancestor,
-    check_trainer,
-    note_ancestor,
-)
+from dcp_resume.manager.step_memory import StepGuard
+from dcp_resume.manager.trainer_state import Ancestor, check_trainer, note_ancestor
 from dcp_resume.manifest.history import CommitEntry, RunHistory
 from dcp_resume.manifest.models import TrainerFacts
 from dcp_resume.session.attempt import Run
+from dcp_resume.session.copies import AtOnce
 from dcp_resume.session.documents import Facts
 from dcp_resume.session.load import LoadOptions, LoadResult, Located, locate
 from dcp_resume.session.ownership import own_run
@@ -106,6 +104,7 @@ class CheckpointManager:
         self._memory = PlanMemory()
         self._chunks = ChunkMemory()
         self._background = ThreadPoolExecutor(1, "dcp-resume-save")
+        self._step_guard = StepGuard()
         self._retention = Retention(self.settings.retention_policy)
         self._run: Run | None = None
         self._loaded_seq: int | None = None
@@ -130,7 +129,8 @@ class CheckpointManager:
             deadline_s: Seconds; instead of those of the settings.
 
         Returns:
-            The save; already committed in ``SaveMode.BLOCKING``.
+            The save; already committed in ``SaveMode.BLOCKING``. In ``SaveMode.LAZY`` call its
+            ``wait_until_staged`` before a change to the state by anything but an optimizer.
 
         Raises:
             ConfigurationError: ``step`` is negative, optimizer state is required and there is none,
@@ -171,8 +171,10 @@ class CheckpointManager:
             bounds.append(bind_state(chosen))
             return bounds[0].state_dict()
 
+        is_lazy = self.settings.mode is SaveMode.LAZY
+        copies = self._step_guard.late_copies(state) if is_lazy else AtOnce()
         try:
-            session.stage(collect, pool)
+            session.stage(collect, pool, copies)
             if is_blocking:
                 future: Future[SaveResult] = Future()
                 future.set_result(self._finish(session, step))
@@ -181,7 +183,7 @@ class CheckpointManager:
         finally:
             for bound in bounds:
                 bound.undo()
-        self._pending = PendingSave(step, future)
+        self._pending = PendingSave(step, future, copies)
         return self._pending
 
     @property
@@ -296,6 +298,7 @@ class CheckpointManager:
             self.wait()
         finally:
             self._background.shutdown()
+            self._step_guard.close()
             self._retention.close()
             self._pool.clear()
             self._store.close()

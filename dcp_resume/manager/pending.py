@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from concurrent.futures import Future, wait
 
 from dcp_resume.errors import SaveInProgress
+from dcp_resume.session.copies import Copies
 from dcp_resume.session.save import SaveResult
 from dcp_resume.session.votes import Votes
 
@@ -17,14 +18,25 @@ __all__ = ["PendingSave", "refuse_if_busy"]
 class PendingSave:
     """One save, from staged to committed.
 
-    The trainer may change its tensors as soon as ``save`` returned: they are staged by then.
+    The trainer may change its tensors as soon as ``save`` returned: they are staged by then. In
+    ``SaveMode.LAZY`` only optimizers may; before any other change call ``wait_until_staged``.
     """
 
-    def __init__(self, step: int, future: Future[SaveResult]) -> None:
+    def __init__(self, step: int, future: Future[SaveResult], copies: Copies) -> None:
         self.step = step
         self.started = time.monotonic()
         self._future = future
+        self._copies = copies
         self._seen = threading.Event()
+
+    @property
+    def is_staged(self) -> bool:
+        """Whether the trainer may change every tensor on this rank."""
+        return self._copies.are_done
+
+    def wait_until_staged(self) -> None:
+        """Copy what is left to copy, and return when the trainer may change every tensor."""
+        self._copies.drain()
 
     @property
     def is_done(self) -> bool:

@@ -27,6 +27,9 @@ class SaveMode(Enum):
     """When the checkpoint is committed; no staging copy is made."""
     BACKGROUND = "background"
     """When the state is copied; writing and commit go on in a thread."""
+    LAZY = "lazy"
+    """When all is copied but what only optimizers' steps change; that follows in a thread, or
+    before the next step."""
 
 
 class WhenBusy(Enum):

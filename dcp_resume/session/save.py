@@ -32,6 +32,7 @@ from dcp_resume.planning.local_plans import local_plan
 from dcp_resume.planning.plans import LocalPlan
 from dcp_resume.planning.state import LocalState, describe_state
 from dcp_resume.session.attempt import Attempt, Order, Run
+from dcp_resume.session.copies import AtOnce, Copies
 from dcp_resume.session.documents import Facts
 from dcp_resume.session.incremental import IncrementalSave
 from dcp_resume.session.plan_memory import TELL_ALL, PlanMemory
@@ -103,6 +104,8 @@ class SaveSession:
         self._unchanged = unchanged
         self._incremental = IncrementalSave(run, chunks or ChunkMemory(), votes.rank)
         self._started = time.monotonic()
+        self._stage_started = self._started
+        self._copies: Copies = AtOnce()
         self._order: Order | None = None  # known after step 1
         self._staged: StagedRank | None = None  # known after step 2
         self._failure: Exception | None = None  # of step 2, told to all ranks in step 4
@@ -122,6 +125,7 @@ class SaveSession:
         self,
         state: Mapping[str, Any] | Callable[[], Mapping[str, Any]],
         pool: BufferPool | None,
+        copies: Copies | None = None,
     ) -> None:
         """Steps 1 and 2.
 
@@ -129,6 +133,7 @@ class SaveSession:
             state: Nested mapping of this rank's leaves, or a function that returns it: what that
                 raises is told to all ranks.
             pool: Buffers to copy into, or None to borrow the tensors' memory until ``finish`` ends.
+            copies: How to copy into them; by default at once. What is left is done in ``finish``.
 
         Raises:
             RankErrors: A rank's state cannot be saved, or the store failed; names ranks and causes.
@@ -161,14 +166,16 @@ class SaveSession:
         emit(PlanAgreed(step=self._step, rank=self._votes.rank, is_remembered=is_remembered))
 
         self._reach(2)
-        started = time.monotonic()
+        self._stage_started = time.monotonic()
+        self._copies = copies or AtOnce()
         source = RankSource(described.tensors, described.per_rank_leaves)
         try:
-            self._staged = stage_rank(rank_plan, source, pool)
+            self._staged = stage_rank(rank_plan, source, pool, self._copies)
         except Exception as error:
             # The others are past this step: they hear of it, with its cause, when they report.
             self._failure = error
-        self._finish_phase("stage", started, self.num_bytes)
+        if self._copies.are_done:
+            self._finish_phase("stage", self._stage_started, self.num_bytes)
 
     def finish(self) -> SaveResult:
         """Steps 3 to 5.
@@ -187,6 +194,7 @@ class SaveSession:
         except RankSilent as error:
             answer = self._outcome_from_log(error)
         finally:
+            self._copies.abandon()
             if self._staged is not None:
                 self._staged.release()
         self._reach(5)
@@ -238,6 +246,10 @@ class SaveSession:
         if self._failure is not None:
             raise self._failure
         assert self._staged is not None
+        is_late = not self._copies.are_done
+        self._copies.finish()
+        if is_late:
+            self._finish_phase("stage", self._stage_started, self.num_bytes)
         started, num_bytes = time.monotonic(), self.num_bytes
         order = self._order
         if order.unchanged is Unchanged.REFER:

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 from dcp_resume.format.tensor_bytes import as_bytes
+from dcp_resume.session.copies import Copies
 
 __all__ = ["BufferPool", "StagedFile", "borrow_chunks", "snapshot", "stage_chunks"]
 
@@ -93,10 +94,10 @@ def borrow_chunks(views: Sequence[torch.Tensor]) -> StagedFile:
     return StagedFile(buffers, [len(buffer) for buffer in buffers])
 
 
-def stage_chunks(views: Sequence[torch.Tensor], pool: BufferPool) -> StagedFile:
+def stage_chunks(views: Sequence[torch.Tensor], pool: BufferPool, copies: Copies) -> StagedFile:
     """Copy the chunks into one buffer, in file order.
 
-    After the call the caller may change the tensors.
+    When ``copies`` are done the caller may change the tensors.
     """
     lengths = [view.nbytes for view in views]
     buffer = pool.take(sum(lengths))
@@ -106,16 +107,8 @@ def stage_chunks(views: Sequence[torch.Tensor], pool: BufferPool) -> StagedFile:
             source = view
             if source.is_conj() or source.is_neg():
                 source = source.resolve_conj().resolve_neg()
-            _typed(place, source).copy_(source)
+            copies.copy(place, source)
     return StagedFile([as_bytes(filled)], lengths, pool, buffer)
-
-
-def _typed(place: torch.Tensor, source: torch.Tensor) -> torch.Tensor:
-    """The bytes of ``place`` as a tensor of the source's dtype and shape.
-
-    Places are aligned, because wide dtypes come first in a file.
-    """
-    return place.view(source.dtype).view(source.shape)
 
 
 def snapshot(state: Any) -> Any:

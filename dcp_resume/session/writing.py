@@ -20,6 +20,7 @@ from dcp_resume.planning.held import HeldTensor
 from dcp_resume.planning.padding import logical_shape
 from dcp_resume.planning.plans import RankPlan
 from dcp_resume.planning.state import PER_RANK_LEAVES
+from dcp_resume.session.copies import AtOnce, Copies
 from dcp_resume.session.staging import BufferPool, StagedFile, borrow_chunks, stage_chunks
 from dcp_resume.session.tensor_digests import TensorDigests, digest_row_major
 from dcp_resume.storage import ObjectStore
@@ -131,7 +132,12 @@ class StagedRank:
             file.release()
 
 
-def stage_rank(plan: RankPlan, source: ChunkSource, pool: BufferPool | None) -> StagedRank:
+def stage_rank(
+    plan: RankPlan,
+    source: ChunkSource,
+    pool: BufferPool | None,
+    copies: Copies | None = None,
+) -> StagedRank:
     """Collect the chunks of the plan.
 
     Args:
@@ -139,7 +145,9 @@ def stage_rank(plan: RankPlan, source: ChunkSource, pool: BufferPool | None) -> 
         source: The rank's memory.
         pool: Buffers to copy into; None to use the tensors' own memory, which must then stay as it
             is until the files are written.
+        copies: How to copy into them; by default at once.
     """
+    copies = copies or AtOnce()
     views: list[list[torch.Tensor]] = [[] for _ in plan.files]
     chunks: list[list[PlacedChunk]] = [[] for _ in plan.files]
     for file, (view, chunk) in zip(plan.file.tolist(), source.chunks(plan), strict=True):
@@ -149,7 +157,7 @@ def stage_rank(plan: RankPlan, source: ChunkSource, pool: BufferPool | None) -> 
         names=[file.name for file in plan.files],
         parts=[file.part for file in plan.files],
         headers=[header_bytes([chunk.line for chunk in own]) for own in chunks],
-        files=[borrow_chunks(v) if pool is None else stage_chunks(v, pool) for v in views],
+        files=[borrow_chunks(v) if pool is None else stage_chunks(v, pool, copies) for v in views],
         chunks=chunks,
     )
 
