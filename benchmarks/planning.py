@@ -17,11 +17,17 @@ from pathlib import Path
 
 import numpy as np
 
+from dcp_resume.format.digests import DigestAlgorithm
 from dcp_resume.format.leaves import pack_leaves
 from dcp_resume.manifest.models import MeshEntry, TensorEntry, TrainerFacts
 from dcp_resume.planning.merge import GlobalPlan
 from dcp_resume.planning.plans import LocalPlan, PlanContents, PlanShape, encode_structure
-from dcp_resume.session.documents import AttemptIdentity, Facts, build_documents
+from dcp_resume.session.documents import (
+    AttemptIdentity,
+    Facts,
+    build_documents,
+    planned_tables,
+)
 from dcp_resume.session.plan_memory import PlanMemory
 from dcp_resume.session.writing import RankReport
 
@@ -127,6 +133,7 @@ def plan_saves(ranks: int, tensors: int) -> Iterator[Planned]:
             reports = [RankReport.from_bytes(ballot) for ballot in reports_bytes]
             documents = build_documents(
                 plan,
+                planned_tables(plan, reports, DigestAlgorithm.XXH3),
                 reports,
                 AttemptIdentity("00000000-0000-4000-8000-000000000000", 1, "a" * 12, 1, None, None),
                 Facts(TrainerFacts(step=1)),

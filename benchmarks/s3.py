@@ -209,7 +209,7 @@ def main() -> None:
         samples = race(server, num_bytes, arguments.repetitions)
     print(table(samples, num_bytes))
     if arguments.json:
-        write_json(arguments.json, samples, num_bytes)
+        write_json(arguments.json, f"s3, {arguments.mebibytes} MiB", samples, num_bytes)
 
 
 if __name__ == "__main__":
