@@ -8,7 +8,7 @@ import math
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
-from dcp_resume.cli.arguments import add_step, add_verb, open_url, read_pairs
+from dcp_resume.cli.arguments import add_step, add_verb, open_url
 from dcp_resume.cli.keys import read_signing
 from dcp_resume.cli.printing import print_json, print_table, size_text
 
@@ -52,7 +52,7 @@ def _run(arguments: argparse.Namespace) -> int:
     from dcp_resume.session.finding import find_checkpoints
     from dcp_resume.session.opening import open_checkpoint
 
-    store = open_url(arguments.url, read_pairs(arguments.storage_option))
+    store = open_url(arguments.url, arguments)
     trust = read_signing(arguments).trust
     (located,) = find_checkpoints(store, arguments.step, trust)
     opened = open_checkpoint(store, located.prefix, located.manifest, trust=trust, is_listed=False)

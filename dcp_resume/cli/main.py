@@ -69,6 +69,7 @@ def _parser() -> argparse.ArgumentParser:
     from dcp_resume.cli import (
         collect_litter,
         compare_loss,
+        copy_checkpoints,
         diff_checkpoints,
         doctor,
         inspect_checkpoint,
@@ -92,6 +93,7 @@ def _parser() -> argparse.ArgumentParser:
         list_run,
         inspect_checkpoint,
         verify_checkpoint,
+        copy_checkpoints,
         reshard_checkpoint,
         diff_checkpoints,
         prove_resume,

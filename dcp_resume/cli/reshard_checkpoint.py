@@ -7,7 +7,7 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from dcp_resume.cli.arguments import PATIENT, add_step, add_verb, open_url, read_pairs
+from dcp_resume.cli.arguments import PATIENT, add_step, add_target_option, add_verb, open_pair
 from dcp_resume.cli.keys import read_signing
 from dcp_resume.cli.printing import ProgressLine, print_json, size_text
 from dcp_resume.errors import ConfigurationError
@@ -65,12 +65,7 @@ def add_parser(verbs: Verbs) -> None:
     verb.add_argument(
         "--window-mib", type=int, default=64, metavar="MIB", help="memory in transit (default: 64)"
     )
-    verb.add_argument(
-        "--target-storage-option",
-        action="append",
-        metavar="KEY=VALUE",
-        help="option for DST; without one --storage-option counts for both",
-    )
+    add_target_option(verb, "DST")
     verb.set_defaults(run=_run)
 
 
@@ -80,15 +75,7 @@ def _run(arguments: argparse.Namespace) -> int:
     from dcp_resume.session.reshard import ReshardOptions, reshard
 
     mesh, rules = TargetMesh.parse(arguments.to), _read_layout(arguments.layout)
-    own = read_pairs(arguments.storage_option)
-    others = arguments.target_storage_option
-    source = open_url(arguments.source, own, is_strict=others is not None, retry=PATIENT)
-    target = open_url(
-        arguments.target,
-        own if others is None else read_pairs(others),
-        is_strict=others is not None,
-        retry=PATIENT,
-    )
+    source, target = open_pair(arguments.source, arguments.target, arguments, retry=PATIENT)
     signing = read_signing(arguments)
     progress = ProgressLine("resharding")
     options = ReshardOptions(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from typing import TYPE_CHECKING
 
-from dcp_resume.cli.arguments import PATIENT, add_step, add_verb, open_url, read_pairs
+from dcp_resume.cli.arguments import PATIENT, add_step, add_verb, open_url
 from dcp_resume.cli.exit_codes import ExitCode
 from dcp_resume.cli.keys import read_signing
 from dcp_resume.cli.printing import ProgressLine, print_json, size_text
@@ -54,7 +54,7 @@ def _run(arguments: argparse.Namespace) -> int:
     from dcp_resume.session.verify import verify_checkpoint
 
     prove = Prove.TENSORS if arguments.tensors else Prove.BLOCKS
-    store = open_url(arguments.url, read_pairs(arguments.storage_option), retry=PATIENT)
+    store = open_url(arguments.url, arguments, retry=PATIENT)
     results: list[Verification] = []
     trust = read_signing(arguments).trust
     for located in find_checkpoints(store, arguments.step, trust):

@@ -38,7 +38,8 @@ from dcp_resume.manifest.history import CommitEntry, RunHistory
 from dcp_resume.manifest.models import TrainerFacts
 from dcp_resume.session.attempt import Run
 from dcp_resume.session.documents import Facts
-from dcp_resume.session.load import LoadOptions, LoadResult, Located, locate
+from dcp_resume.session.load import LoadOptions, LoadResult, locate
+from dcp_resume.session.located import Located
 from dcp_resume.session.ownership import own_run
 from dcp_resume.session.quarantining import Damage, give_up
 from dcp_resume.session.ranks import Ranks

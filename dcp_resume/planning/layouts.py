@@ -23,11 +23,11 @@ from dcp_resume.errors import ConfigurationError
 from dcp_resume.format.dtypes import DTYPES
 from dcp_resume.manifest.boxes import Box
 from dcp_resume.manifest.models import MeshEntry, TensorEntry
+from dcp_resume.planning.box_rows import pad_boxes
 from dcp_resume.planning.files import FileLayout, file_names
 from dcp_resume.planning.layout_rules import Axis, LayoutRules, TargetMesh
 from dcp_resume.planning.merge import GlobalPlan
 from dcp_resume.planning.placements import AxisSplit, held_boxes
-from dcp_resume.planning.plans import pad_boxes
 from dcp_resume.planning.stages import assign_stages, parameters_of, split_layers
 from dcp_resume.planning.table import Table
 

@@ -18,14 +18,9 @@ from dcp_resume.errors import IncompletePlan, Problem
 from dcp_resume.format.dtypes import ITEMSIZES
 from dcp_resume.manifest.models import MeshEntry, TensorEntry
 from dcp_resume.planning.balance import assign_writers, share_rows
+from dcp_resume.planning.box_rows import resize
 from dcp_resume.planning.files import FileLayout, lay_out_files
-from dcp_resume.planning.plans import (
-    SHARED_LEAVES,
-    LocalPlan,
-    RankPlan,
-    leaves_entry,
-    resize,
-)
+from dcp_resume.planning.plans import SHARED_LEAVES, LocalPlan, RankPlan, leaves_entry
 from dcp_resume.planning.replicas import Holders, deduplicate, join_aliases
 from dcp_resume.planning.table import Table
 from dcp_resume.planning.union import Union, unite

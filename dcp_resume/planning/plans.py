@@ -25,6 +25,7 @@ from dcp_resume.format.leaves import pack_leaves
 from dcp_resume.format.tensor_bytes import as_bytes, contiguous_cpu
 from dcp_resume.manifest.boxes import Box
 from dcp_resume.manifest.models import MeshEntry, TensorEntry
+from dcp_resume.planning.box_rows import pad_boxes
 from dcp_resume.planning.declarations import Declarations
 from dcp_resume.planning.flattening import part_of
 from dcp_resume.planning.held import HeldTensor
@@ -39,8 +40,6 @@ __all__ = [
     "LocalPlan",
     "RankPlan",
     "local_plan",
-    "pad_boxes",
-    "unpad_box",
 ]
 
 I64 = npt.NDArray[np.int64]
@@ -53,30 +52,6 @@ CORNER_ELEMENTS = 16 * 1024
 
 _MAGIC = b"DCPRPLAN"
 _RANK_MAGIC = b"DCPRRANK"
-
-
-def pad_boxes(boxes: Sequence[Box], width: int) -> tuple[I64, I64]:
-    """Offsets and sizes of boxes as two ``[n, width]`` matrices."""
-    offsets = np.zeros((len(boxes), width), np.int64)
-    sizes = np.ones((len(boxes), width), np.int64)
-    for row, box in enumerate(boxes):
-        offsets[row, : len(box.offsets)] = box.offsets
-        sizes[row, : len(box.sizes)] = box.sizes
-    return offsets, sizes
-
-
-def unpad_box(offsets: I64, sizes: I64, ndim: int) -> Box:
-    """One row of padded matrices as a box."""
-    return Box(tuple(offsets[:ndim].tolist()), tuple(sizes[:ndim].tolist()))
-
-
-def resize(matrix: I64, width: int, fill: int) -> I64:
-    """Widen an ``[n, d]`` matrix to ``[n, width]``."""
-    if matrix.shape[1] == width:
-        return matrix
-    wide = np.full((matrix.shape[0], width), fill, np.int64)
-    wide[:, : matrix.shape[1]] = matrix
-    return wide
 
 
 @dataclass(frozen=True, slots=True)

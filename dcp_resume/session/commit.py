@@ -120,6 +120,7 @@ def commit(
     planned_at: int,
     num_bytes: int,
     trainer: TrainerFacts,
+    created: str | None = None,
 ) -> Committed:
     """Make an attempt, whose files are all written, a checkpoint.
 
@@ -134,6 +135,7 @@ def commit(
         planned_at: Last log number read when ``parent`` was chosen.
         num_bytes: Bytes of its data files.
         trainer: What ``ls`` shows.
+        created: When the state was saved, of a copy; None for now.
 
     Raises:
         ParentRetired: A checkpoint that the attempt refers to was retired or quarantined since.
@@ -154,7 +156,7 @@ def commit(
     def build(_: RunHistory) -> LogRecord:
         return CommitRecord(
             run=log.run,
-            created=log.timestamp(),
+            created=created or log.timestamp(),
             generation=generation,
             step=step,
             attempt=attempt,

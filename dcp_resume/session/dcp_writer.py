@@ -32,9 +32,10 @@ from dcp_resume.format.leaves import encode_leaf, pack_leaves, unpack_leaves
 from dcp_resume.manifest.boxes import Box
 from dcp_resume.manifest.models import TensorEntry, TrainerFacts
 from dcp_resume.manifest.signing import UNSIGNED, Signing
+from dcp_resume.planning.box_rows import unpad_box
 from dcp_resume.planning.dcp_items import box_of_item, items_to_columns
 from dcp_resume.planning.declarations import Declarations
-from dcp_resume.planning.plans import LocalPlan, RankPlan, per_rank_leaves, unpad_box
+from dcp_resume.planning.plans import LocalPlan, RankPlan, per_rank_leaves
 from dcp_resume.planning.save_planner import ColumnarStorageMeta, columns_of
 from dcp_resume.planning.save_planner import SavePlanner as OurSavePlanner
 from dcp_resume.session.attempt import Attempt, RankOrder

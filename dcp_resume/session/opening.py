@@ -22,7 +22,7 @@ from dcp_resume.errors import (
     ShortRead,
     Untrusted,
 )
-from dcp_resume.format.chunk_index import ChunkIndex
+from dcp_resume.format.chunk_index import UNUSED, ChunkIndex
 from dcp_resume.format.digests import (
     DigestAlgorithm,
     FileBlocks,
@@ -106,6 +106,28 @@ class OpenedCheckpoint:
         """Tensors with bytes in a block; none for a block of the header."""
         ids = self.index.tensors_in_block(file, block, blocks=self.blocks, begins=self.begins)
         return [self.catalog.tensors[number].fqn for number in ids]
+
+    def chunks_in_block(self, file: int, block: int) -> list[str]:
+        """Chunks with bytes in a block, as ``fqn[0:4, 8:16]``; none for a block of the header."""
+        start, stop = self.block_bounds(file)[block : block + 2].tolist()
+        first, last = self.index.file_bounds(file)
+        lengths = self.index.chunk_bytes(self.itemsizes)[first:last]
+        begins = self.begins[first:last]
+        is_inside = (begins < stop) & (begins + lengths > start)
+        chunks = (np.flatnonzero(is_inside) + first).tolist()
+        return [self._chunk_text(chunk) for chunk in chunks if self.is_used(chunk)]
+
+    def is_used(self, chunk: int) -> bool:
+        """Whether this checkpoint uses a chunk; an ancestor's file may hold others."""
+        return int(self.index.chunk_tensor[chunk]) != UNUSED
+
+    def _chunk_text(self, chunk: int) -> str:
+        entry = self.catalog.tensors[int(self.index.chunk_tensor[chunk])]
+        code = self.index.chunk_box[chunk]
+        offsets, sizes = self.index.box_offsets[code].tolist(), self.index.box_sizes[code].tolist()
+        dims = zip(offsets, sizes, entry.global_shape, strict=False)
+        box = ", ".join(f"{offset}:{offset + size}" for offset, size, _ in dims)
+        return f"{entry.fqn}[{box}]" if box else entry.fqn
 
     def file_key(self, file: int) -> str:
         """Key of a data file from the root of the store."""

@@ -39,14 +39,14 @@ from dcp_resume.manifest.keys import (
 )
 from dcp_resume.manifest.models import Manifest
 from dcp_resume.manifest.signing import ANYONE, UNSIGNED, Signing, Trust
+from dcp_resume.planning.box_rows import unpad_box
 from dcp_resume.planning.layout_rules import LayoutRules, TargetMesh
 from dcp_resume.planning.layouts import Kept, StoredState, TargetLayout, plan_layout
-from dcp_resume.planning.plans import unpad_box
 from dcp_resume.problems import summarise
 from dcp_resume.session.attempt import Attempt
 from dcp_resume.session.commit import Committed, choose_newest
 from dcp_resume.session.documents import AttemptIdentity, Facts, tensor_digests
-from dcp_resume.session.load import Located
+from dcp_resume.session.located import Located
 from dcp_resume.session.opening import OpenedCheckpoint, open_checkpoint
 from dcp_resume.session.ownership import own_run
 from dcp_resume.session.run_log import RunLog

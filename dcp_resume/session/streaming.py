@@ -18,14 +18,15 @@ from dcp_resume.format.dtypes import ITEMSIZES
 from dcp_resume.format.position_digest import PositionDigest
 from dcp_resume.format.streamed_digests import StreamedDigests
 from dcp_resume.manifest.models import TensorEntry
+from dcp_resume.planning.box_rows import unpad_box
 from dcp_resume.planning.files import FileLayout
 from dcp_resume.planning.padding import logical_shape
-from dcp_resume.planning.plans import unpad_box
 from dcp_resume.problems import summarise
+from dcp_resume.session.box_digests import digest_row_major
 from dcp_resume.session.opening import OpenedCheckpoint
 from dcp_resume.session.reading import read_targets
 from dcp_resume.session.targets import Target
-from dcp_resume.session.tensor_digests import TensorDigests, can_have_digest, digest_row_major
+from dcp_resume.session.tensor_digests import TensorDigests, can_have_digest
 from dcp_resume.session.windows import StoredBox, cut_windows
 from dcp_resume.session.writing import RankReport, file_report
 from dcp_resume.storage import ObjectStore

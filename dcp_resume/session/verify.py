@@ -24,10 +24,10 @@ from dcp_resume.errors import InvalidCheckpoint, KeyNotFound, Problem, ShortRead
 from dcp_resume.format.chunk_index import UNUSED
 from dcp_resume.format.data_file import ChunkHeader, parse_header
 from dcp_resume.manifest.signing import ANYONE, Trust
-from dcp_resume.planning.plans import unpad_box
-from dcp_resume.session.load import Located
+from dcp_resume.planning.box_rows import unpad_box
+from dcp_resume.session.block_windows import BlockWindow, cut_file, wrong_blocks
+from dcp_resume.session.located import Located
 from dcp_resume.session.opening import OpenedCheckpoint, check_files, open_checkpoint
-from dcp_resume.session.stored_tensors import prove_stored_tensors
 from dcp_resume.session.tensor_digests import Prove, can_have_digest
 from dcp_resume.storage import ByteRange, ObjectStore, RangeRead
 
@@ -127,18 +127,6 @@ def verify_files(
     return tuple(sorted(check.problems))
 
 
-@dataclass(frozen=True, slots=True)
-class _Window:
-    """Some consecutive blocks of one file."""
-
-    file: int
-    first: int
-    """Number of the first block in the file."""
-    stops: tuple[int, ...]
-    """Where each block ends."""
-    start: int
-
-
 class _Check:
     def __init__(self, store: ObjectStore, opened: OpenedCheckpoint, progress: Progress) -> None:
         self._store = store
@@ -165,6 +153,8 @@ class _Check:
         self._passed_over.update(keys)
 
     def prove_tensors(self) -> None:
+        from dcp_resume.session.stored_tensors import prove_stored_tensors  # loads torch
+
         done = 0
 
         def advance(num_bytes: int) -> None:
@@ -199,43 +189,19 @@ class _Check:
         for file in range(len(self._opened.catalog.files)):
             if self._opened.file_key(file) not in self._passed_over:
                 yield lambda file=file: self._check_header(file)  # type: ignore[misc]
-                for window in self._windows(file):
+                for window in cut_file(self._opened, file, self._store.read_bytes):
                     yield lambda window=window: self._check_window(window)  # type: ignore[misc]
 
-    def _windows(self, file: int) -> Iterator[_Window]:
-        bounds: list[int] = self._opened.block_bounds(file).tolist()
-        first = 0
-        while first < len(bounds) - 1:
-            last = first + 1
-            while (
-                last < len(bounds) - 1
-                and bounds[last + 1] - bounds[first] <= self._store.read_bytes
-            ):
-                last += 1
-            yield _Window(file, first, tuple(bounds[first + 1 : last + 1]), bounds[first])
-            first = last
-
-    def _check_window(self, window: _Window) -> None:
-        data = self._read(window.file, window.start, window.stops[-1])
+    def _check_window(self, window: BlockWindow) -> None:
+        data = self._read(window.file, window.start, window.stop)
         if data is None:
             return
-        start = window.start
-        for block, stop in enumerate(window.stops, window.first):
-            part = data[start - window.start : stop - window.start]
-            found, expected = self._opened.block_digests(window.file, block, part)
-            if found != expected:
-                self._report_block(window.file, block, start, stop)
-            start = stop
+        for problem in wrong_blocks(self._opened, window, data):
+            self._report(problem)
         with self._lock:
             self.num_blocks += len(window.stops)
             self.num_bytes += len(data)
             self._progress(self.num_bytes, self._total)
-
-    def _report_block(self, file: int, block: int, start: int, stop: int) -> None:
-        opened = self._opened
-        names = ", ".join(opened.fqns_in_block(file, block)) or "the file's header"
-        message = f"block {block} (bytes {start} to {stop}) does not have its digest; holds {names}"
-        self._report(Problem(opened.file_key(file), "digest", message))
 
     def _check_header(self, file: int) -> None:
         data = self._read(file, 0, self._opened.catalog.files[file].header_bytes)

@@ -16,11 +16,13 @@ from dcp_resume.format.digests import DIGEST_BYTES, DigestAlgorithm, block_bound
 from dcp_resume.format.dtypes import ITEMSIZES
 from dcp_resume.format.position_digest import PositionDigest
 from dcp_resume.manifest.boxes import Box
+from dcp_resume.planning.box_rows import unpad_box
 from dcp_resume.planning.held import HeldTensor
 from dcp_resume.planning.padding import logical_shape
-from dcp_resume.planning.plans import RankPlan, unpad_box
+from dcp_resume.planning.plans import RankPlan
+from dcp_resume.session.box_digests import digest_row_major
 from dcp_resume.session.staging import BufferPool, StagedFile, borrow_chunks, stage_chunks
-from dcp_resume.session.tensor_digests import TensorDigests, digest_row_major
+from dcp_resume.session.tensor_digests import TensorDigests
 from dcp_resume.storage import ObjectStore
 
 __all__ = [

@@ -17,14 +17,9 @@ from dcp_resume.manifest.boxes import Box
 from dcp_resume.manifest.models import TensorEntry
 from dcp_resume.planning import merge as merging
 from dcp_resume.planning.balance import assign_writers, share_rows
+from dcp_resume.planning.box_rows import pad_boxes
 from dcp_resume.planning.merge import merge
-from dcp_resume.planning.plans import (
-    LocalPlan,
-    RankPlan,
-    decode_structure,
-    encode_structure,
-    pad_boxes,
-)
+from dcp_resume.planning.plans import LocalPlan, RankPlan, decode_structure, encode_structure
 
 SEEDED = settings(derandomize=True, deadline=None)
 

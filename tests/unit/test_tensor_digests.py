@@ -36,8 +36,8 @@ from dcp_resume.format.position_digest import PositionDigest
 from dcp_resume.format.tensor_bytes import as_bytes
 from dcp_resume.manifest.boxes import Box
 from dcp_resume.planning.held import HeldPiece
+from dcp_resume.session.box_digests import digest_view
 from dcp_resume.session.held_tensors import HeldMemory, HeldTotals, digest_held
-from dcp_resume.session.tensor_digests import digest_view
 from dcp_resume.session.votes import LonelyVotes
 from tests.support.damage import DamagedRun
 from tests.support.forgery import FORGED_STEP, flip_element, opened_at
