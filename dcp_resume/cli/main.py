@@ -9,7 +9,8 @@ import traceback
 from collections.abc import Sequence
 
 from dcp_resume.cli.exit_codes import EXIT_CODES_HELP, ExitCode, exit_code_of
-from dcp_resume.cli.printing import RetryNotes, print_json
+from dcp_resume.cli.printing import print_json
+from dcp_resume.cli.progress import RetryNotes
 from dcp_resume.errors import DcpResumeError
 from dcp_resume.events import subscribe
 
@@ -75,11 +76,13 @@ def _parser() -> argparse.ArgumentParser:
         inspect_checkpoint,
         list_run,
         mark_checkpoint,
+        plan_reads,
         prove_resume,
         prune_run,
         quarantine_checkpoint,
         reshard_checkpoint,
         verify_checkpoint,
+        watch_run,
     )
 
     parser = argparse.ArgumentParser(
@@ -91,8 +94,10 @@ def _parser() -> argparse.ArgumentParser:
     verbs = parser.add_subparsers(title="verbs", metavar="VERB", required=True)
     for module in (
         list_run,
+        watch_run,
         inspect_checkpoint,
         verify_checkpoint,
+        plan_reads,
         copy_checkpoints,
         reshard_checkpoint,
         diff_checkpoints,

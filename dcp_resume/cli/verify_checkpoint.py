@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING
 from dcp_resume.cli.arguments import PATIENT, add_step, add_verb, open_url
 from dcp_resume.cli.exit_codes import ExitCode
 from dcp_resume.cli.keys import read_signing
-from dcp_resume.cli.printing import ProgressLine, print_json, size_text
+from dcp_resume.cli.printing import print_json, size_text
+from dcp_resume.cli.progress import ProgressLine
 
 if TYPE_CHECKING:
     from dcp_resume.cli.arguments import Verbs

@@ -28,7 +28,6 @@ from dcp_resume.errors import (
 )
 from dcp_resume.format.digests import DigestAlgorithm, choose_block_size
 from dcp_resume.format.dtypes import ITEMSIZES
-from dcp_resume.manifest.boxes import Box
 from dcp_resume.manifest.history import RunHistory
 from dcp_resume.manifest.keys import (
     CATALOG_NAME,
@@ -39,9 +38,8 @@ from dcp_resume.manifest.keys import (
 )
 from dcp_resume.manifest.models import Manifest
 from dcp_resume.manifest.signing import ANYONE, UNSIGNED, Signing, Trust
-from dcp_resume.planning.box_rows import unpad_box
 from dcp_resume.planning.layout_rules import LayoutRules, TargetMesh
-from dcp_resume.planning.layouts import Kept, StoredState, TargetLayout, plan_layout
+from dcp_resume.planning.layouts import Kept, TargetLayout, plan_layout
 from dcp_resume.problems import summarise
 from dcp_resume.session.attempt import Attempt
 from dcp_resume.session.commit import Committed, choose_newest
@@ -49,6 +47,7 @@ from dcp_resume.session.documents import AttemptIdentity, Facts, tensor_digests
 from dcp_resume.session.located import Located
 from dcp_resume.session.opening import OpenedCheckpoint, open_checkpoint
 from dcp_resume.session.ownership import own_run
+from dcp_resume.session.read_plan import stored_state
 from dcp_resume.session.run_log import RunLog
 from dcp_resume.session.streaming import FileStreamer
 from dcp_resume.session.tensor_digests import TensorDigests, differing, recorded_digest
@@ -125,7 +124,7 @@ def reshard(
     """
     started = time.monotonic()
     opened = open_checkpoint(source, located.prefix, located.manifest, trust=options.trust)
-    layout = plan_layout(_stored_state(opened), mesh, options.rules)
+    layout = plan_layout(stored_state(opened), mesh, options.rules)
     if options.is_strict:
         _refuse_leftovers(layout)
     log = RunLog(target, signing=options.signing)
@@ -156,28 +155,6 @@ def reshard(
         kept=layout.kept,
         dropped=layout.dropped,
         duration_s=time.monotonic() - started,
-    )
-
-
-def _stored_state(opened: OpenedCheckpoint) -> StoredState:
-    manifest, index = opened.manifest, opened.index
-    per_rank: dict[str, list[tuple[int, Box]]] = {}
-    for position, entry in enumerate(opened.catalog.tensors):
-        if entry.kind != "per_rank":
-            continue
-        ndim = len(entry.global_shape)
-        for chunk in index.chunks_of(position).tolist():
-            code = index.chunk_box[chunk]
-            box = unpad_box(index.box_offsets[code], index.box_sizes[code], ndim)
-            rank = opened.catalog.files[int(index.chunk_file[chunk])].rank
-            per_rank.setdefault(entry.fqn, []).append((rank, box))
-    return StoredState(
-        world_size=manifest.topology.world_size,
-        tensors=opened.catalog.tensors,
-        meshes={mesh.id: mesh for mesh in manifest.topology.meshes},
-        values={leaf.fqn: (leaf.path, leaf.value) for leaf in manifest.leaves},
-        num_values={name: part.num_leaves for name, part in manifest.parts.items()},
-        per_rank=per_rank,
     )
 
 

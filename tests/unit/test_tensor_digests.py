@@ -299,7 +299,7 @@ def test_copies_that_differ_and_elements_that_nobody_holds_are_told():
 @pytest.mark.parametrize("shape", [(30, 7), (7, 30), (5, 8, 9)])
 def test_memory_is_digested_in_pieces_wherever_it_lies(monkeypatch, shape):
     """Not contiguous, and larger than what is digested at a time."""
-    monkeypatch.setattr("dcp_resume.session.tensor_digests.PIECE_BYTES", 64)
+    monkeypatch.setattr("dcp_resume.session.box_digests.PIECE_BYTES", 64)
     whole = torch.arange(float(torch.Size(shape).numel())).reshape(shape)
     strided = whole.transpose(0, -1).contiguous().transpose(0, -1)
     box = Box((1, *(0 for _ in shape[1:])), (3, *shape[1:]))
