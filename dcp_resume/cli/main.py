@@ -17,8 +17,8 @@ from dcp_resume.events import subscribe
 __all__ = ["main"]
 
 _DESCRIPTION = """\
-Look at, verify, compare, reshard and prune the checkpoints of a training run, and prove that it
-resumes. URL is a path, file://, s3://bucket/… or another URL that fsspec knows; credentials come
+Look at, verify, compare, copy, reshard and prune the checkpoints of a training run, and prove that
+it resumes. URL is a path, file://, s3://bucket/… or another URL that fsspec knows; credentials come
 from the environment, as for any AWS client.
 """
 _EPILOG = f"""\
@@ -70,6 +70,7 @@ def _parser() -> argparse.ArgumentParser:
     from dcp_resume.cli import (
         collect_litter,
         compare_loss,
+        complete_shell,
         copy_checkpoints,
         diff_checkpoints,
         doctor,
@@ -110,6 +111,7 @@ def _parser() -> argparse.ArgumentParser:
         doctor,
     ):
         module.add_parser(verbs)
+    complete_shell.add_parser(verbs, parser)
     return parser
 
 
