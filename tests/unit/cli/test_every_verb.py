@@ -153,7 +153,7 @@ def test_an_endpoint_that_refuses_connections_is_given_up_in_time_and_said(new, 
     assert not new.exists()
 
 
-def test_waiting_for_an_endpoint_is_said(call, monkeypatch):
+def test_waiting_for_an_endpoint_is_said(call):
     with socket.create_server(("127.0.0.1", 0)) as taken:
         endpoint = f"http://127.0.0.1:{taken.getsockname()[1]}"
     s3 = options({"endpoint_url": endpoint, "key": "k", "secret": "s"})
