@@ -111,15 +111,11 @@ class OpenedCheckpoint:
         """Chunks with bytes in a block, as ``fqn[0:4, 8:16]``; none for a block of the header."""
         start, stop = self.block_bounds(file)[block : block + 2].tolist()
         first, last = self.index.file_bounds(file)
-        lengths = self.index.chunk_bytes(self.itemsizes)[first:last]
         begins = self.begins[first:last]
-        is_inside = (begins < stop) & (begins + lengths > start)
-        chunks = (np.flatnonzero(is_inside) + first).tolist()
-        return [self._chunk_text(chunk) for chunk in chunks if self.is_used(chunk)]
-
-    def is_used(self, chunk: int) -> bool:
-        """Whether this checkpoint uses a chunk; an ancestor's file may hold others."""
-        return int(self.index.chunk_tensor[chunk]) != UNUSED
+        ends = np.append(begins[1:], self.blocks.sizes[file])[: len(begins)]
+        is_inside = (begins < stop) & (ends > start) & (ends > begins)
+        is_used = self.index.chunk_tensor[first:last] != UNUSED  # else an ancestor's, passed over
+        return [self._chunk_text(first + n) for n in np.flatnonzero(is_inside & is_used).tolist()]
 
     def _chunk_text(self, chunk: int) -> str:
         entry = self.catalog.tensors[int(self.index.chunk_tensor[chunk])]
