@@ -29,6 +29,7 @@ __all__ = [
     "add_target_option",
     "add_verb",
     "add_yes",
+    "open_log",
     "open_pair",
     "open_run",
     "open_url",
@@ -222,6 +223,35 @@ def _read_seconds(text: str) -> float:
     return seconds
 
 
+def open_log(
+    store: ObjectStore,
+    arguments: argparse.Namespace,
+    *,
+    run: str | None = None,
+    heard: Callable[[int, LogRecord], object] = lambda seq, record: None,
+) -> RunLog:
+    """The log of a run, of which nothing is read yet.
+
+    Args:
+        store: Root of the run.
+        arguments: Of the verb; ``--deadline`` counts for the append of a record too.
+        run: UUID that the log must belong to; None for any.
+        heard: Called with each record of the log.
+
+    Raises:
+        ConfigurationError: The file of keys cannot be used.
+    """
+    from dcp_resume.session.run_log import RunLog
+
+    return RunLog(
+        store,
+        run=run,
+        signing=read_signing(arguments),
+        heard=heard,
+        deadline_s=arguments.deadline or PATIENT.deadline_s,
+    )
+
+
 def open_run(
     arguments: argparse.Namespace,
     *,
@@ -242,10 +272,9 @@ def open_run(
         StorageError: The store failed.
     """
     from dcp_resume.errors import CheckpointNotFound
-    from dcp_resume.session.run_log import RunLog
 
     store = open_url(arguments.url, arguments, retry=retry)
-    log = RunLog(store, signing=read_signing(arguments), heard=heard)
+    log = open_log(store, arguments, heard=heard)
     if not log.refresh().last_seq:
         raise CheckpointNotFound(
             f"{store.url} is no run: it has no log. A single checkpoint's directory is shown by "

@@ -6,7 +6,14 @@ import argparse
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from dcp_resume.cli.arguments import PATIENT, add_step, add_target_option, add_verb, open_pair
+from dcp_resume.cli.arguments import (
+    PATIENT,
+    add_step,
+    add_target_option,
+    add_verb,
+    open_log,
+    open_pair,
+)
 from dcp_resume.cli.exit_codes import ExitCode
 from dcp_resume.cli.keys import read_signing
 from dcp_resume.cli.printing import print_json, print_table, size_text
@@ -65,14 +72,13 @@ def add_parser(verbs: Verbs) -> None:
 
 def _run(arguments: argparse.Namespace) -> int:
     from dcp_resume.session.copying import CopyOutcome, RunCopy
-    from dcp_resume.session.run_log import RunLog
 
     source, target = open_pair(arguments.source, arguments.target, arguments, retry=PATIENT)
     signing = read_signing(arguments)
-    origin = RunLog(source, signing=signing)
+    origin = open_log(source, arguments)
     origin.refresh()
     wanted = _wanted(arguments, source, origin, signing)
-    log = RunLog(target, run=_run_id(source, origin, wanted[0], signing), signing=signing)
+    log = open_log(target, arguments, run=_run_id(source, origin, wanted[0], signing))
     log.refresh()
     copy, found = RunCopy(source, origin, target, log), []
     for number, located in enumerate(wanted, 1):
