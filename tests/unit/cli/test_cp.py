@@ -6,7 +6,9 @@ import shutil
 import uuid
 
 import pytest
+import torch
 
+from dcp_resume import CheckpointManager, HmacKey, SaveMode, Settings, SignedBy, Signing
 from dcp_resume.cli.main import main
 from dcp_resume.session.run_log import RunLog
 from dcp_resume.storage import open_store
@@ -180,6 +182,24 @@ def test_a_directory_without_a_log_is_copied_into_a_run(run, tmp_path, call, cal
         == RunLog(open_store(str(run))).refresh().run
     )
     assert call("verify", tmp_path / "b")[0] == 0
+
+
+def test_a_signed_checkpoint_is_a_signed_one_where_it_arrives(tmp_path, call):
+    key = HmacKey("team", bytes(range(32)))
+    signing = Signing(key, SignedBy(key))
+    with CheckpointManager(
+        tmp_path / "a", Settings(mode=SaveMode.BLOCKING, signing=signing)
+    ) as checkpoints:
+        checkpoints.save(1, {"model": {"w": torch.ones(4)}})
+    (tmp_path / "keys").write_text(f"hmac-sha256 team {bytes(range(32)).hex()}\n")
+    keys = ["--keys", tmp_path / "keys"]
+    assert call("cp", tmp_path / "a", tmp_path / "b", *keys)[0] == 0
+    assert call("verify", tmp_path / "b", *keys)[0] == 0
+    (tmp_path / "other").write_text(f"hmac-sha256 team {bytes(32).hex()}\n")
+    code, _, err = call("cp", tmp_path / "a", tmp_path / "c", "--keys", tmp_path / "other")
+    assert code == 1
+    assert "sign" in err
+    assert not (tmp_path / "c").exists()
 
 
 @pytest.mark.s3
