@@ -20,6 +20,7 @@ from dcp_resume.manifest.models import DocumentRef, FileEntry
 from dcp_resume.planning.merge import GlobalPlan
 from dcp_resume.session.commit import Committed, Opened, commit
 from dcp_resume.session.documents import AttemptIdentity, Documents, Facts, build_documents
+from dcp_resume.session.milestones import Milestones
 from dcp_resume.session.run_log import RunLog
 from dcp_resume.session.tensor_digests import TensorDigests
 from dcp_resume.session.writing import RankReport
@@ -130,6 +131,7 @@ class Attempt:
         reports: Sequence[RankReport],
         facts: Facts,
         late_values: Mapping[str, tuple[Any, Any]] | None = None,
+        milestones: Milestones | None = None,
     ) -> Committed:
         """Check that every file is there, write the documents, append the commit.
 
@@ -137,6 +139,7 @@ class Attempt:
             reports: What each rank wrote.
             facts: For the manifest.
             late_values: Non-tensor leaves that came with the reports.
+            milestones: Of the save on this rank; None where times are not measured.
 
         Raises:
             StoreNotShared: Files of some ranks are not visible here.
@@ -155,8 +158,12 @@ class Attempt:
             self.run.log.signing,
         )
         prefix = attempt_prefix(self.identity.step, self.identity.attempt)
-        self._check_listing(prefix, documents.files)
+        self._check_listing(prefix, documents.catalog.files)
+        if milestones is not None:
+            milestones.reach("durable")
         self._write_documents(prefix, documents)
+        ranks = documents.catalog.rank_times
+        times = milestones.times(ranks) if milestones is not None and ranks is not None else None
         return commit(
             self.run.log,
             generation=self.identity.generation,
@@ -172,6 +179,7 @@ class Attempt:
             planned_at=self.planned_at,
             num_bytes=documents.manifest.counts.num_bytes,
             trainer=facts.trainer,
+            times=times,
         )
 
     def _check_listing(self, prefix: str, files: Sequence[FileEntry]) -> None:

@@ -30,6 +30,7 @@ from dcp_resume.manifest.records import (
     CommitRecord,
     LogRecord,
     OpenRecord,
+    SaveTimes,
 )
 from dcp_resume.session.run_log import RunLog
 
@@ -120,6 +121,7 @@ def commit(
     planned_at: int,
     num_bytes: int,
     trainer: TrainerFacts,
+    times: SaveTimes | None = None,
 ) -> Committed:
     """Make an attempt, whose files are all written, a checkpoint.
 
@@ -134,6 +136,7 @@ def commit(
         planned_at: Last log number read when ``parent`` was chosen.
         num_bytes: Bytes of its data files.
         trainer: What ``ls`` shows.
+        times: When the save got how far; None where that was not measured.
 
     Raises:
         ParentRetired: A checkpoint that the attempt refers to was retired or quarantined since.
@@ -163,6 +166,7 @@ def commit(
             references=wanted,
             num_bytes=num_bytes,
             trainer=trainer,
+            times=times,
         )
 
     try:

@@ -22,7 +22,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from dcp_resume.errors import CommitUnknown, ConfigurationError, RankSilent, StorageError
@@ -33,6 +33,7 @@ from dcp_resume.planning.plans import LocalPlan
 from dcp_resume.planning.state import LocalState, describe_state
 from dcp_resume.session.attempt import Attempt, Order, Run
 from dcp_resume.session.documents import Facts
+from dcp_resume.session.milestones import Milestones
 from dcp_resume.session.plan_memory import TELL_ALL, PlanMemory
 from dcp_resume.session.staging import BufferPool
 from dcp_resume.session.tensor_digests import TensorDigests
@@ -93,7 +94,7 @@ class SaveSession:
         self._declarations = declarations or Declarations()
         self._tensor_digests = tensor_digests
         self._memory = memory or PlanMemory()
-        self._started = time.monotonic()
+        self._milestones = Milestones(step, votes.rank)
         self._order: Order | None = None  # known after step 1
         self._staged: StagedRank | None = None  # known after step 2
         self._failure: Exception | None = None  # of step 2, told to all ranks in step 4
@@ -147,6 +148,7 @@ class SaveSession:
         self._order = Order.from_bytes(answer)
         told = answer[Order.NUM_BYTES :]
         rank_plan = memory.learn(told, plan)
+        self._milestones.reach("planned")
         self._finish_phase("plan", started, 0)
         is_remembered = memory.is_remembered(told)
         emit(PlanAgreed(step=self._step, rank=self._votes.rank, is_remembered=is_remembered))
@@ -156,6 +158,7 @@ class SaveSession:
         source = RankSource(described.tensors, described.per_rank_leaves)
         try:
             self._staged = stage_rank(rank_plan, source, pool)
+            self._milestones.reach("staged")
         except Exception as error:
             # The others are past this step: they hear of it, with its cause, when they report.
             self._failure = error
@@ -182,7 +185,8 @@ class SaveSession:
                 self._staged.release()
         self._reach(5)
         seq, attempt, num_bytes = json.loads(answer)
-        duration = time.monotonic() - self._started
+        self._milestones.reach("committed")
+        duration = self._milestones.elapsed_s
         if self._votes.rank == 0:
             emit(
                 CheckpointCommitted(
@@ -232,8 +236,9 @@ class SaveSession:
             order.algorithm,
             order.tensor_digests,
         )
+        self._milestones.reach("written")
         self._finish_phase("write", started, num_bytes)
-        return report.to_bytes()
+        return replace(report, reached_us=self._milestones.reported_us()).to_bytes()
 
     # Step 4, coordinator.
 
@@ -242,7 +247,7 @@ class SaveSession:
         self._reach(4)
         started = time.monotonic()
         reports = [RankReport.from_bytes(ballot) for ballot in ballots]
-        committed = self._attempt.commit(reports, self._facts)
+        committed = self._attempt.commit(reports, self._facts, milestones=self._milestones)
         self._finish_phase("commit", started, 0)
         outcome = [committed.seq, committed.record.attempt, committed.record.num_bytes]
         return [json.dumps(outcome).encode()] * len(ballots)
