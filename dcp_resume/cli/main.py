@@ -77,6 +77,7 @@ def _parser() -> argparse.ArgumentParser:
         prove_resume,
         prune_run,
         quarantine_checkpoint,
+        report_run,
         reshard_checkpoint,
         verify_checkpoint,
     )
@@ -96,6 +97,7 @@ def _parser() -> argparse.ArgumentParser:
         diff_checkpoints,
         prove_resume,
         compare_loss,
+        report_run,
         prune_run,
         mark_checkpoint,
         quarantine_checkpoint,
