@@ -9,7 +9,7 @@ from html import escape
 
 __all__ = ["Series", "heat_table", "legend", "line_chart", "stacked_bars", "ticks"]
 
-_WIDTH, _LEFT, _RIGHT, _TOP, _BOTTOM = 940, 64, 14, 12, 26
+_WIDTH, _LEFT, _RIGHT, _TOP, _BOTTOM = 940, 80, 14, 12, 26
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,20 +25,21 @@ class Series:
     is_filled: bool = False
 
 
-def ticks(highest: float, lowest: float = 0.0, count: int = 4) -> list[float]:
-    """Round numbers from ``lowest`` to ``highest``, about ``count`` of them.
+def ticks(highest: float, lowest: float = 0.0, count: int = 4, unit: float = 1.0) -> list[float]:
+    """Round numbers of units from ``lowest`` to ``highest``, about ``count`` of them.
 
     >>> ticks(9.3)
     [0.0, 2.5, 5.0, 7.5]
     """
+    highest, lowest = highest / unit, lowest / unit
     span = highest - lowest
     if not span > 0 or not math.isfinite(span):
-        return [lowest]
+        return [lowest * unit]
     power = 10.0 ** math.floor(math.log10(span / count))
     width = next(m * power for m in (1, 2, 2.5, 5, 10) if m * power * (count + 0.5) >= span)
     first = math.ceil(lowest / width)
     last = math.floor(highest / width + 1e-9)
-    return [round(n * width, 12) for n in range(first, last + 1)]
+    return [round(n * width, 12) * unit for n in range(first, last + 1)]
 
 
 def legend(series: Sequence[Series]) -> str:
@@ -100,15 +101,23 @@ def line_chart(
     x_text: Callable[[float], str],
     marks: Sequence[float] = (),
     height: int = 220,
-    is_from_zero: bool = False,
+    unit: float = 0.0,
 ) -> str:
-    """Lines over a common x; values that are not finite are left out."""
+    """Lines over a common x; values that are not finite are left out.
+
+    Args:
+        xs: Ascending.
+        series: A value for each x.
+        text: Of a value on the axis.
+        x_text: Likewise of an x.
+        marks: Where a dotted line stands.
+        height: Pixels.
+        unit: Of the grid, which then begins at 0; 0 for a grid about the values.
+    """
     finite = [v for s in series for v in s.values if math.isfinite(v)] or [0.0]
-    low = 0.0 if is_from_zero else min(finite)
-    high = max(finite)
-    if high <= low:
-        low, high = (low - abs(low) * 0.1, high + abs(high) * 0.1) if high else (0.0, 1.0)
-    plot = _Plot(height, low, high)
+    low, high = min(finite), max(finite)
+    margin = (high - low) * 0.05 or abs(high) * 0.1 or 1.0
+    plot = _Plot(height, 0.0 if unit else low - margin, high + margin, unit or 1.0)
     first, last = min(xs, default=0.0), max(xs, default=1.0)
 
     def x_of(x: float) -> float:
@@ -116,10 +125,10 @@ def line_chart(
         return _LEFT + 8 + share * (_WIDTH - _LEFT - _RIGHT - 16)
 
     parts = [plot.grid(text)]
-    for mark in marks:
-        parts.append(plot.line(x_of(mark), plot.top, x_of(mark), plot.floor, "restart"))
+    parts += [plot.line(x_of(x), plot.top, x_of(x), plot.floor, "restart") for x in marks]
     for one in series:
-        points = [(x_of(x), plot.y(v)) for x, v in zip(xs, one.values, strict=True) if _is_real(v)]
+        pairs = zip(xs, one.values, strict=True)
+        points = [(x_of(x), plot.y(value)) for x, value in pairs if math.isfinite(value)]
         parts.append(_path(one, points, plot.floor))
     for x in dict.fromkeys([first, *ticks(last, first, 6), last] if len(xs) > 1 else [first]):
         is_crowded = x not in (first, last) and min(x - first, last - x) < (last - first) * 0.07
@@ -163,10 +172,6 @@ def heat_table(
     return f'<div class="scroll"><table class="heat">{"".join(lines)}</table></div>'
 
 
-def _is_real(value: float) -> bool:
-    return math.isfinite(value)
-
-
 def _path(one: Series, points: Sequence[tuple[float, float]], floor: float) -> str:
     if not points:
         return ""
@@ -189,8 +194,8 @@ def _path(one: Series, points: Sequence[tuple[float, float]], floor: float) -> s
 class _Plot:
     """The frame of one chart: its vertical scale, grid and labels."""
 
-    def __init__(self, height: int, low: float, high: float) -> None:
-        self._height, self._low, self._high = height, low, high
+    def __init__(self, height: int, low: float, high: float, unit: float = 1.0) -> None:
+        self._height, self._low, self._high, self._unit = height, low, high, unit
         self.top, self.floor = float(_TOP), float(height - _BOTTOM)
 
     def y(self, value: float) -> float:
@@ -206,7 +211,7 @@ class _Plot:
 
     def grid(self, text: Callable[[float], str]) -> str:
         parts = []
-        for value in ticks(self._high, self._low):
+        for value in ticks(self._high, self._low, unit=self._unit):
             y = self.y(value)
             parts.append(self.line(_LEFT, y, _WIDTH - _RIGHT, y, "grid"))
             shown = escape(text(value))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from datetime import datetime
+from itertools import accumulate
 from statistics import median
 
 import numpy as np
@@ -19,7 +20,7 @@ from dcp_resume.session.load import Located
 from dcp_resume.session.opening import OpenedCheckpoint, open_checkpoint
 from dcp_resume.storage import ObjectStore
 
-__all__ = ["Advice", "CheckpointView", "Phase", "RunReport", "TensorRow", "gather"]
+__all__ = ["Advice", "CheckpointView", "Phase", "RunReport", "TensorRow", "gather", "phases_of"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,7 +52,7 @@ class CheckpointView:
     world_size: int
     meshes: tuple[str, ...]
     phases: tuple[Phase, ...]
-    """None where the save was not timed."""
+    """Empty where the save was not timed."""
     rank_bytes: tuple[int, ...]
     """Of this save's own files, by rank."""
     tensors: tuple[TensorRow, ...]
@@ -104,17 +105,14 @@ class RunReport:
         is_current = any(entry.seq == seq for entry in self.history.lineage())
         return "current" if is_current else "rolled back"
 
-    def live_bytes(self) -> list[tuple[int, int, str]]:
-        """After each commit and deletion: log number, bytes of live checkpoints, what happened."""
-        changes = {seq: (r.num_bytes, f"step {r.step} saved") for seq, r in self.commits}
+    def live_bytes(self) -> list[tuple[int, int]]:
+        """After each commit and retirement its log number, and the bytes of live checkpoints."""
+        changes = {seq: record.num_bytes for seq, record in self.commits}
         for target, seq in self.history.retired.items():
-            record = self.history.commits[target]
-            changes[seq] = (-record.num_bytes, f"step {record.step} retired")
-        total, points = 0, []
-        for seq, (num_bytes, what) in sorted(changes.items()):
-            total += num_bytes
-            points.append((seq, total, what))
-        return points
+            changes[seq] = -self.history.commits[target].num_bytes
+        return [
+            *zip(sorted(changes), accumulate(changes[seq] for seq in sorted(changes)), strict=True)
+        ]
 
 
 def gather(
@@ -188,13 +186,14 @@ def _view(opened: OpenedCheckpoint, max_tensors: int) -> CheckpointView:
             ", ".join(f"{axis}={size}" for axis, size in zip(mesh.axes, mesh.shape, strict=True))
             for mesh in manifest.topology.meshes
         ),
-        phases=_phases(times) if times is not None else (),
+        phases=phases_of(times) if times is not None else (),
         rank_bytes=tuple(own_bytes.tolist()),
         tensors=_tensors(opened, len(own_bytes), max_tensors),
     )
 
 
-def _phases(times: RankTimes) -> tuple[Phase, ...]:
+def phases_of(times: RankTimes) -> tuple[Phase, ...]:
+    """What the ranks did between the times that they reached."""
     planned, staged, written = (
         np.asarray(column) for column in (times.planned_s, times.staged_s, times.written_s)
     )
@@ -223,7 +222,7 @@ def _tensors(opened: OpenedCheckpoint, num_ranks: int, max_tensors: int) -> tupl
         own, entry = tensor == number, entries[number]
         is_shown |= own
         shares = np.bincount(rank[own], num_bytes[own], num_ranks).astype(np.int64)
-        shape = " × ".join(map(str, entry.global_shape)) or "scalar"
+        shape = " x ".join(map(str, entry.global_shape)) or "scalar"
         placed = f" {' '.join(entry.placements)}" if entry.placements else ""
         rows.append(TensorRow(entry.fqn, f"{entry.dtype} {shape}{placed}", tuple(shares.tolist())))
     others = int((totals > 0).sum()) - len(largest)

@@ -154,8 +154,8 @@ def _phases(view: CheckpointView) -> str:
     note = f"least: rank {slowest}, {_bytes(rates[slowest])}/s"
     rows.append(("write rate", note, binned, texts, slowest // width))
     return (
-        f"<p>{view.world_size} rank(s){_meshes(view)}. Darker is more within its row; the framed "
-        f"rank is the one that the others wait for.</p>{heat_table(columns, rows, '')}"
+        f"<p>World size {view.world_size}{_meshes(view)}. Darker is more within its row; the "
+        f"framed rank is the one that the others wait for.</p>{heat_table(columns, rows, '')}"
     )
 
 
@@ -184,7 +184,7 @@ def _columns(num_ranks: int, width: int) -> list[str]:
     if width == 1:
         return [f"rank {rank}" for rank in range(num_ranks)]
     starts = range(0, num_ranks, width)
-    return [f"ranks {start}–{min(start + width, num_ranks) - 1}" for start in starts]
+    return [f"ranks {start} to {min(start + width, num_ranks) - 1}" for start in starts]
 
 
 def _bins(values: Sequence[float], width: int) -> list[float]:
@@ -241,15 +241,14 @@ def _storage(report: RunReport) -> str:
     points = report.live_bytes()
     if not points:
         return ""
-    values = [float(total) for _, total, _ in points]
+    values = [float(total) for _, total in points]
     series = [Series("live", "var(--behind)", values, is_stepped=True, is_filled=True)]
-    numbers = [float(n) for n in range(1, len(points) + 1)]
-    chart = line_chart(
-        numbers, series, _bytes, lambda n: points[round(n) - 1][2], height=190, is_from_zero=True
-    )
+    numbers = [float(seq) for seq, _ in points]
+    unit = 1024.0 ** int(math.log(max(*values, 1.0), 1024))
+    chart = line_chart(numbers, series, _bytes, lambda seq: f"#{seq:.0f}", height=190, unit=unit)
     peak = max(values)
     return (
-        f"<p>Bytes of live checkpoints after each commit and deletion: {_bytes(values[-1])} now, "
+        f"<p>Bytes of live checkpoints by log record: {_bytes(values[-1])} now, "
         f"{_bytes(peak)} at most.</p>{chart}"
     )
 
@@ -267,14 +266,14 @@ def _retention(report: RunReport) -> str:
             str(record.generation),
             record.created,
             _bytes(record.num_bytes),
-            "–" if loss is None else f"{loss:.4g}",
+            "" if loss is None else f"{loss:.4g}",
             "keep" if one.is_kept else "delete",
         )
         shown = "".join(f"<td>{escape(cell)}</td>" for cell in cells)
         kind = "" if one.is_kept else ' class="goes"'
         rows.append(f'<tr{kind}>{shown}<td class="text">{escape(one.reason)}</td></tr>')
-    heads = ("step", "gen", "time", "size", "loss", "", "because")
-    head = "".join(f"<th>{name}</th>" for name in heads)
+    heads = ("step", "gen", "time", "size", "loss", "action")
+    head = "".join(f"<th>{name}</th>" for name in heads) + '<th class="text">because</th>'
     return (
         f"<p>{escape(report.policy)}: {len(goes)} of {len(report.decisions)} checkpoint(s), "
         f"{_bytes(sum(goes))}, would be deleted.</p>"

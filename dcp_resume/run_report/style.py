@@ -36,16 +36,18 @@ svg .ink { fill: var(--ink); }
 .legend i { display: inline-block; width: 11px; height: 11px; border-radius: 2px;
   margin-right: 6px; }
 table { border-collapse: collapse; font-size: 13px; font-variant-numeric: tabular-nums; }
-th { font-weight: 400; color: var(--dim); text-align: right; padding: 2px 8px; white-space: nowrap; }
-td { padding: 2px 8px; text-align: right; white-space: nowrap; }
+th, td { padding: 2px 8px; text-align: right; white-space: nowrap; }
+th { font-weight: 400; color: var(--dim); }
 td:first-child, th:first-child { text-align: left; padding-left: 0; }
-.text, .heat .note { text-align: left; }
+th.text, td.text, .heat .note { text-align: left; }
 .heat .note { color: var(--dim); padding-left: 12px; }
 .heat td.cell { padding: 0; min-width: 12px; height: 22px; text-align: center;
   border: 1px solid var(--card); border-radius: 3px; font-size: 11.5px; }
-.heat td.wide { min-width: 52px; }
+.heat td.wide { min-width: 64px; padding: 0 6px; }
 .heat td.worst { outline: 2px solid var(--blocked); outline-offset: -2px; }
 .heat td.name { max-width: 330px; overflow: hidden; text-overflow: ellipsis; }
+@media (max-width: 560px) { main { padding: 18px 10px 32px; } section { padding: 12px; }
+  .heat td.name { max-width: 150px; } }
 .goes td { color: var(--warn); }
 ul { margin: 0; padding-left: 18px; color: var(--dim); }
 """
