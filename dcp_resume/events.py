@@ -90,7 +90,7 @@ class SaveAdvanced(Event):
     """A save got further on this rank."""
 
     milestone: str
-    """``planned``, ``staged`` (the trainer goes on), ``written`` (this rank's files are durable),
+    """``planned``, ``staged`` (unless the save blocks, the trainer goes on), ``written`` (durably),
     ``durable`` (every rank's, seen by the coordinator) or ``committed`` (known to this rank)."""
     step: int
     rank: int

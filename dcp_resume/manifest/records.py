@@ -76,13 +76,15 @@ class SaveTimes(Document):
     """When a save got how far: seconds from the coordinator's call of ``save``."""
 
     staged_s: Seconds
-    """The state of every rank was copied: no trainer stands still from here on."""
+    """Every rank had collected its state: copied it, unless the save is a blocking one."""
     written_s: Seconds
     """Every rank had written its files."""
     durable_s: Seconds
     """The coordinator saw every file at its size."""
     committed_s: Seconds
     """The commit record was made; its append is the commit."""
+    blocked_s: Seconds
+    """Trainers stood still for so long: until ``staged_s``, of a blocking save the commit."""
 
 
 class CommitRecord(Record):

@@ -238,7 +238,7 @@ def _advice(history: RunHistory, mtbf_s: float | None) -> Advice | None:
     known = mtbf_s if mtbf_s is not None else measured
     if not times or known is None:
         return None
-    cost_s = median(one.staged_s for one in times)
+    cost_s = median(one.blocked_s for one in times)
     commit_s = median(one.committed_s for one in times)
     return Advice(cost_s, commit_s, known, is_measured=mtbf_s is None)
 

@@ -106,9 +106,10 @@ def _timeline(report: RunReport) -> str:
         titles.append(
             f"step {record.step}, {record.created}, {_bytes(record.num_bytes)}: "
             + ", ".join(f"{name} {_seconds(at)}" for name, at in said)
+            + f"; trainers stood still for {_seconds(times.blocked_s)}"
         )
     names = (
-        ("staged: the trainer waits", "var(--blocked)"),
+        ("staged, while trainers wait", "var(--blocked)"),
         ("written, behind the trainer", "var(--behind)"),
         ("seen durable", "var(--proved)"),
         ("committed", "var(--sealed)"),
@@ -121,8 +122,14 @@ def _timeline(report: RunReport) -> str:
     chart = stacked_bars(steps, series, titles, _seconds, _restarts(timed))
     return (
         "<p>Seconds from the call of save until it was committed, by step. A dotted line is a "
-        f"restart.</p>{legend(series)}{chart}"
+        f"restart.{_blocking(timed)}</p>{legend(series)}{chart}"
     )
+
+
+def _blocking(entries: Sequence[CommitEntry]) -> str:
+    times = [entry.record.times for entry in entries]
+    count = sum(one is not None and one.blocked_s > one.staged_s for one in times)
+    return f" Of {count} blocking saves the trainers waited for the whole bar." if count else ""
 
 
 def _restarts(entries: Sequence[CommitEntry]) -> list[int]:

@@ -153,13 +153,7 @@ def build_documents(
         block_digest=digests,
     )
     index_bytes = index.to_bytes()
-    tensors = _with_tensor_digests(plan, np.concatenate([r.position_sums for r in reports]))
-    catalog = Catalog(
-        format=FormatMark(),
-        tensors=tensors,
-        files=files,
-        rank_times=rank_times([report.reached_us for report in reports]),
-    )
+    catalog = _catalog(plan, reports, files)
     catalog_bytes = encode(catalog)
     stages = facts.stages or plan.stages
     manifest = Manifest(
@@ -204,6 +198,18 @@ def build_documents(
     _refuse_unreadable(manifest, catalog, index)
     manifest_bytes = encode(manifest, partial(signing.sign, MANIFEST_NAME))
     return Documents(manifest, catalog, manifest_bytes, catalog_bytes, index_bytes)
+
+
+def _catalog(
+    plan: GlobalPlan, reports: Sequence[RankReport], files: tuple[FileEntry, ...]
+) -> Catalog:
+    sums = np.concatenate([report.position_sums for report in reports])
+    return Catalog(
+        format=FormatMark(),
+        tensors=_with_tensor_digests(plan, sums),
+        files=files,
+        rank_times=rank_times([report.reached_us for report in reports]),
+    )
 
 
 def _with_tensor_digests(plan: GlobalPlan, sums: npt.NDArray[np.uint64]) -> tuple[TensorEntry, ...]:

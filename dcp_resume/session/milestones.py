@@ -32,6 +32,8 @@ class Milestones:
         self._rank = rank
         self._started = time.monotonic()
         self._reached_s: dict[str, float] = {}
+        self.is_blocking = False
+        """Whether the trainer stands still until the commit."""
 
     @property
     def elapsed_s(self) -> float:
@@ -64,11 +66,13 @@ class Milestones:
             after = max(r - p for r, p in zip(reached_s, ranks.planned_s, strict=True))
             return min(planned_s + after, durable_s)
 
+        staged_s, committed_s = last(ranks.staged_s), self.elapsed_s
         return SaveTimes(
-            staged_s=round(last(ranks.staged_s), _DIGITS),
+            staged_s=round(staged_s, _DIGITS),
             written_s=round(last(ranks.written_s), _DIGITS),
             durable_s=round(durable_s, _DIGITS),
-            committed_s=round(self.elapsed_s, _DIGITS),
+            committed_s=round(committed_s, _DIGITS),
+            blocked_s=round(committed_s if self.is_blocking else staged_s, _DIGITS),
         )
 
 

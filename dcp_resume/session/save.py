@@ -128,6 +128,7 @@ class SaveSession:
             StateError: The ranks' states contradict each other.
         """
         self._reach(1)
+        self._milestones.is_blocking = pool is None  # without a copy the trainer must wait
         started = time.monotonic()
         memory, offered = self._memory, list[tuple[LocalState, LocalPlan]]()
 

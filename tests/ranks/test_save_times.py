@@ -48,6 +48,7 @@ def test_ranks_tell_and_the_checkpoint_keeps_when_they_got_how_far(ranks, tmp_pa
     ((seq, record),) = history.commits.items()
     times = record.times
     assert 0 < times.staged_s <= times.written_s <= times.durable_s <= times.committed_s
+    assert times.blocked_s == times.staged_s
     view = gather(store, history, CommitEntry(seq, record), None).checkpoint
     assert [phase.name for phase in view.phases] == ["plan", "stage", "write"]
     assert all(len(phase.seconds) == 2 for phase in view.phases)

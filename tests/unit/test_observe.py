@@ -19,6 +19,7 @@ from prometheus_client import CollectorRegistry
 from dcp_resume.errors import ConfigurationError
 from dcp_resume.events import SaveFailed, StepReached, StorageRetried, emit, subscribe
 from dcp_resume.manager.checkpoint_manager import CheckpointManager
+from dcp_resume.manager.settings import SaveMode, Settings
 from dcp_resume.manifest.wire import decode_catalog
 from dcp_resume.observe import (
     Goodput,
@@ -33,8 +34,8 @@ from dcp_resume.observe.telemetry import Telemetry
 from tests.support.small_state import MIB, state_at
 
 
-def save(root, *steps):
-    with CheckpointManager(root) as checkpoints:
+def save(root, *steps, mode=SaveMode.BACKGROUND):
+    with CheckpointManager(root, Settings(mode=mode)) as checkpoints:
         for step in steps:
             checkpoints.save(step, state_at(step)).result()
         return checkpoints.history()
@@ -76,8 +77,9 @@ def test_each_event_is_one_line_with_its_time_rank_and_fields(tmp_path, observed
     }
 
 
-def test_a_commit_records_when_the_save_got_how_far(tmp_path):
-    history = save(tmp_path, 10, 20)
+@pytest.mark.parametrize("mode", SaveMode)
+def test_a_commit_records_when_the_save_got_how_far(tmp_path, mode):
+    history = save(tmp_path, 10, 20, mode=mode)
     for record in history.commits.values():
         times = record.times
         assert 0 < times.staged_s <= times.written_s <= times.durable_s <= times.committed_s
@@ -85,6 +87,9 @@ def test_a_commit_records_when_the_save_got_how_far(tmp_path):
         ranks = decode_catalog(catalog, "catalog.json").rank_times
         assert 0 < ranks.planned_s[0] <= ranks.staged_s[0] <= ranks.written_s[0]
         assert len(ranks.planned_s) == 1
+        assert times.blocked_s == (
+            times.committed_s if mode is SaveMode.BLOCKING else times.staged_s
+        )
 
 
 def test_goodput_adds_up_what_saves_took(tmp_path, observed):
