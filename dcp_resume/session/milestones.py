@@ -14,7 +14,7 @@ from dcp_resume.manifest.records import SaveTimes
 
 __all__ = ["Milestones", "rank_times"]
 
-REPORTED = ("planned", "staged", "written")
+_REPORTED = ("planned", "staged", "written")
 _DIGITS = 4
 """Behind the point of a recorded second: clocks of hosts agree no better."""
 
@@ -49,7 +49,7 @@ class Milestones:
 
     def reported_us(self) -> npt.NDArray[np.int64]:
         """``[3]`` microseconds to ``planned``, ``staged`` and ``written``, for the coordinator."""
-        return np.asarray([self._reached_s[name] * 1e6 for name in REPORTED], np.int64)
+        return np.asarray([self._reached_s[name] * 1e6 for name in _REPORTED], np.int64)
 
     def times(self, ranks: RankTimes) -> SaveTimes:
         """What the commit record says, once all is durable; on the coordinator.
@@ -82,7 +82,7 @@ def rank_times(reached_us: Sequence[npt.NDArray[np.int64]]) -> RankTimes | None:
     Args:
         reached_us: Per rank ``[3]`` as of ``Milestones.reported_us``, or ``[0]``.
     """
-    if any(len(one) != len(REPORTED) for one in reached_us):
+    if any(len(one) != len(_REPORTED) for one in reached_us):
         return None
     seconds = (np.stack(reached_us) / 1e6).round(_DIGITS)
     planned, staged, written = (tuple(column) for column in seconds.T.tolist())
