@@ -17,14 +17,12 @@ from pathlib import Path
 
 import numpy as np
 
-from dcp_resume.format.digests import DigestAlgorithm
 from dcp_resume.format.leaves import pack_leaves
 from dcp_resume.manifest.models import MeshEntry, TensorEntry, TrainerFacts
-from dcp_resume.planning.merge import GlobalPlan, merge
-from dcp_resume.planning.plans import LocalPlan, encode_structure
-from dcp_resume.session.attempt import RankOrder
+from dcp_resume.planning.merge import GlobalPlan
+from dcp_resume.planning.plans import LocalPlan, PlanContents, PlanShape, encode_structure
 from dcp_resume.session.documents import AttemptIdentity, Facts, build_documents
-from dcp_resume.session.tensor_digests import TensorDigests
+from dcp_resume.session.plan_memory import PlanMemory
 from dcp_resume.session.writing import RankReport
 
 WIDTH = 16
@@ -50,10 +48,12 @@ class Clock:
 class Planned:
     """One simulated save."""
 
+    save: str
     ranks: int
     tensors: int
     seconds: dict[str, float]
     plans_bytes: int
+    orders_bytes: int
     index_bytes: int
     digest_bytes: int
     catalog_bytes: int
@@ -64,7 +64,7 @@ class Planned:
         return sum(self.seconds.values()) / (self.ranks * self.tensors) * 1e6
 
 
-def offered(ranks: int, tensors: int) -> Iterator[bytes]:
+def offered(ranks: int, tensors: int) -> Iterator[LocalPlan]:
     """Each rank's plan: every tensor sharded by rows over all ranks."""
     mesh = MeshEntry(id="mesh", axes=("dp",), shape=(ranks,))
     entries = [
@@ -84,16 +84,16 @@ def offered(ranks: int, tensors: int) -> Iterator[bytes]:
     ]
     structure = encode_structure(entries, [mesh])
     for rank in range(ranks):
-        plan = LocalPlan(
+        shape = PlanShape(
             rank=rank,
+            world_size=ranks,
             structure=structure,
             tensor=np.arange(tensors, dtype=np.int32),
             offsets=np.tile(np.array([rank, 0]), (tensors, 1)),
             sizes=np.tile(np.array([1, WIDTH]), (tensors, 1)),
-            digest=np.zeros((tensors, 16), np.uint8),
-            values=pack_leaves({}),
+            compared=np.zeros(0, np.int32),
         )
-        yield plan.to_bytes()
+        yield LocalPlan(shape, PlanContents(b"", pack_leaves({})))
 
 
 def reported(plan: GlobalPlan, ranks: int) -> Iterator[bytes]:
@@ -107,44 +107,42 @@ def reported(plan: GlobalPlan, ranks: int) -> Iterator[bytes]:
         yield RankReport(sizes, header, np.full(len(own), 2), digests).to_bytes()
 
 
-def plan_save(ranks: int, tensors: int) -> Planned:
-    """Do the coordinator's part of one save."""
-    clock = Clock()
-    ballots = list(offered(ranks, tensors))
-    gc.collect()
-    with clock.phase("unpack plans"):
-        plans = [LocalPlan.from_bytes(ballot) for ballot in ballots]
-    with clock.phase("merge"):
-        plan = merge(plans)
-    with clock.phase("orders"):
-        for rank in range(ranks):
-            RankOrder(
-                attempt="a" * 12,
-                step=1,
-                block_size=BLOCK_SIZE,
-                algorithm=DigestAlgorithm.XXH3,
-                tensor_digests=TensorDigests.OMIT,
-                plan=plan.rank_plan(rank),
-            ).to_bytes()
-    reports_bytes = list(reported(plan, ranks))
-    with clock.phase("documents"):
-        reports = [RankReport.from_bytes(ballot) for ballot in reports_bytes]
-        documents = build_documents(
-            plan,
-            reports,
-            AttemptIdentity("00000000-0000-4000-8000-000000000000", 1, "a" * 12, 1, None, None),
-            Facts(TrainerFacts(step=1)),
-            BLOCK_SIZE,
+def plan_saves(ranks: int, tensors: int) -> Iterator[Planned]:
+    """Do the coordinator's part of a first save, and of one more of the same structure."""
+    coordinator = PlanMemory()
+    others = [PlanMemory() for _ in range(ranks)]
+    for save in ("first", "again"):
+        clock = Clock()
+        ballots = [m.ballot(p) for m, p in zip(others, offered(ranks, tensors), strict=True)]
+        gc.collect()
+        with clock.phase("merge"):
+            assert coordinator.can_merge(ballots)
+            plan = coordinator.merge(ballots)
+        with clock.phase("orders"):
+            answers = coordinator.answers(ballots, plan)
+        for memory, answer, own in zip(others, answers, offered(ranks, tensors), strict=True):
+            memory.learn(answer, own)
+        reports_bytes = list(reported(plan, ranks))
+        with clock.phase("documents"):
+            reports = [RankReport.from_bytes(ballot) for ballot in reports_bytes]
+            documents = build_documents(
+                plan,
+                reports,
+                AttemptIdentity("00000000-0000-4000-8000-000000000000", 1, "a" * 12, 1, None, None),
+                Facts(TrainerFacts(step=1)),
+                BLOCK_SIZE,
+            )
+        yield Planned(
+            save,
+            ranks,
+            tensors,
+            clock.seconds,
+            sum(map(len, ballots)),
+            sum(map(len, answers)),
+            len(documents.index_bytes),
+            documents.manifest.counts.blocks * 16,
+            len(documents.catalog_bytes),
         )
-    return Planned(
-        ranks,
-        tensors,
-        clock.seconds,
-        sum(map(len, ballots)),
-        len(documents.index_bytes),
-        documents.manifest.counts.blocks * 16,
-        len(documents.catalog_bytes),
-    )
 
 
 def main() -> None:
@@ -154,20 +152,20 @@ def main() -> None:
     parser.add_argument("--tensors", type=int, default=300)
     parser.add_argument("--json", type=Path, default=None)
     arguments = parser.parse_args()
-    results = [plan_save(ranks, arguments.tensors) for ranks in arguments.ranks]
+    results = [save for ranks in arguments.ranks for save in plan_saves(ranks, arguments.tensors)]
     names = list(results[0].seconds)
     print(f"{arguments.tensors} tensors, each sharded over all ranks; CPU seconds")
     print(
-        f"{'ranks':>6} {'total':>7} {'µs/pair':>7} "
-        + " ".join(f"{n:>12}" for n in names)
-        + f" {'plans MiB':>10} {'index MiB':>10} {'catalog MiB':>11}"
+        f"{'ranks':>6} {'save':>6} {'total':>7} {'µs/pair':>7} "
+        + " ".join(f"{n:>10}" for n in names)
+        + f" {'plans MiB':>10} {'orders MiB':>10} {'index MiB':>10} {'catalog MiB':>11}"
     )
     for result in results:
         print(
-            f"{result.ranks:6} {sum(result.seconds.values()):7.2f} "
+            f"{result.ranks:6} {result.save:>6} {sum(result.seconds.values()):7.2f} "
             f"{result.microseconds_a_pair:7.2f} "
-            + " ".join(f"{result.seconds[n]:12.2f}" for n in names)
-            + f" {result.plans_bytes / 2**20:10.1f} "
+            + " ".join(f"{result.seconds[n]:10.2f}" for n in names)
+            + f" {result.plans_bytes / 2**20:10.1f} {result.orders_bytes / 2**20:10.1f} "
             f"{(result.index_bytes - result.digest_bytes) / 2**20:10.1f} "
             f"{result.catalog_bytes / 2**20:11.1f}"
         )

@@ -3,29 +3,20 @@
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import Collection, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
 from types import MappingProxyType, TracebackType
 from typing import Any, Self
 
-from dcp_resume.errors import (
-    ConfigurationError,
-    InvalidCheckpoint,
-    LoadRefused,
-    PartialLoad,
-    UnsupportedFormat,
-)
-from dcp_resume.events import SaveFailed, emit
-from dcp_resume.manager.choosing import (
-    Request,
-    find_commit,
-    resume_source,
-    uncovered,
-)
+from dcp_resume.errors import ConfigurationError
+from dcp_resume.events import SaveFailed, TrainerBlocked, emit
+from dcp_resume.manager.choosing import Request, find_commit, resume_source
 from dcp_resume.manager.facts import collect_facts
 from dcp_resume.manager.loading import load_located
 from dcp_resume.manager.pending import PendingSave, refuse_if_busy
+from dcp_resume.manager.resuming import load_newest_whole
 from dcp_resume.manager.retention import Retention
 from dcp_resume.manager.settings import SaveMode, Settings, WhenBusy
 from dcp_resume.manager.stateful import Bound, bind_state, choose_state, declarations_of
@@ -41,6 +32,7 @@ from dcp_resume.session.documents import Facts
 from dcp_resume.session.load import LoadOptions, LoadResult, locate
 from dcp_resume.session.located import Located
 from dcp_resume.session.ownership import own_run
+from dcp_resume.session.plan_memory import PlanMemory
 from dcp_resume.session.quarantining import Damage, give_up
 from dcp_resume.session.ranks import Ranks
 from dcp_resume.session.run_log import RunLog
@@ -112,6 +104,7 @@ class CheckpointManager:
         )
         self._ranks = Ranks()
         self._pool = BufferPool()
+        self._memory = PlanMemory()
         self._background = ThreadPoolExecutor(1, "dcp-resume-save")
         self._retention = Retention(self.settings.retention_policy)
         self._run: Run | None = None
@@ -150,10 +143,12 @@ class CheckpointManager:
             SaveError: This save, or an earlier one in the background, did not commit.
             StorageError: The store failed on the coordinator.
         """
+        called = time.monotonic()
         if step < 0:
             raise ConfigurationError(f"step must not be negative, got {step}", option="step")
         chosen = choose_state(state, self.settings.save_optimizer_state)
         self._finish_previous(step)
+        waited_s = time.monotonic() - called
         if self._run is None:
             self._own(lambda history: self._loaded_seq)
         assert self._run is not None
@@ -164,6 +159,7 @@ class CheckpointManager:
             facts=collect_facts(self._given, step, chosen),
             declarations=declarations_of(self.settings.declarations, chosen),
             tensor_digests=self.settings.tensor_digests,
+            memory=self._memory,
         )
         is_blocking = self.settings.mode is SaveMode.BLOCKING
         pool = None if is_blocking else self._pool
@@ -186,6 +182,9 @@ class CheckpointManager:
             for bound in bounds:
                 bound.undo()
         self._pending = PendingSave(step, future)
+        blocked_s = time.monotonic() - called
+        rank = self._ranks.rank
+        emit(TrainerBlocked(step=step, rank=rank, duration_s=blocked_s, waited_s=waited_s))
         return self._pending
 
     @property
@@ -281,43 +280,14 @@ class CheckpointManager:
             StorageError: The store failed.
         """
         self.wait()
-        changed: set[str] = set()
-        failure: Damage | None = None
-        while True:
-            choose = partial(
-                resume_source,
-                request=step,
-                settings=self.settings,
-                url=self._store.url,
-                failure=failure,
-            )
-            source = self._own(choose).opened.resume_source
-            if source is None:
-                return None
-            located = locate(
-                self._votes(0),
-                lambda seq=source: Located.of(  # type: ignore[misc]
-                    CommitEntry(seq, self._log.history.commits[seq])
-                ),
-            )
-            try:
-                return self._load(located, state, self.settings.load, changed)
-            except UnsupportedFormat:
-                raise  # not damaged: another version of this library can read it
-            except LoadRefused as error:
-                if not changed:
-                    raise
-                raise uncovered(changed, f"the older one does not fit the state: {error}") from (
-                    error
-                )
-            except (InvalidCheckpoint, PartialLoad) as error:
-                is_whole = isinstance(error, PartialLoad) and not error.problems
-                if step != "latest" or is_whole:
-                    raise
-                changed.update(getattr(error, "written_fqns", ()))
-                if failure is None or not isinstance(failure, PartialLoad):
-                    failure = error
-                give_up(self._store, self._log, self._votes(0), located, error)
+        return load_newest_whole(
+            step,
+            partial(self._take_over, step),
+            lambda located, changed: self._load(located, state, self.settings.load, changed),
+            lambda located, damage: give_up(
+                self._store, self._log, self._votes(0), located, damage
+            ),
+        )
 
     def close(self) -> None:
         """Wait for the running save, and release the store.
@@ -354,6 +324,22 @@ class CheckpointManager:
         self._run = own_run(self._store, self._log, votes, choose, is_probed=self._run is not None)
         return self._run
 
+    def _take_over(self, request: Request, damage: Damage | None) -> Located | None:
+        choose = partial(
+            resume_source,
+            request=request,
+            settings=self.settings,
+            url=self._store.url,
+            failure=damage,
+        )
+        source = self._own(choose).opened.resume_source
+        if source is None:
+            return None
+        return locate(
+            self._votes(0),
+            lambda: Located.of(CommitEntry(source, self._log.history.commits[source])),
+        )
+
     def _finish_previous(self, step: int) -> None:
         if self._pending is not None and self.settings.when_busy is WhenBusy.REFUSE:
             refuse_if_busy(self._votes(step), step, self._pending)
@@ -381,6 +367,7 @@ class CheckpointManager:
             options,
             self.settings,
             collect_facts(self._given, 0, state),
+            self._memory,
             changed,
         )
         saved_by = result.world_size

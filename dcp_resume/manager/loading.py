@@ -27,6 +27,7 @@ from dcp_resume.session.documents import Facts
 from dcp_resume.session.load import LoadOptions, LoadResult, LoadSession
 from dcp_resume.session.located import Located
 from dcp_resume.session.opening import OpenedCheckpoint
+from dcp_resume.session.plan_memory import PlanMemory
 from dcp_resume.session.votes import Votes
 from dcp_resume.storage import ObjectStore
 
@@ -41,6 +42,7 @@ def load_located(
     options: LoadOptions,
     settings: Settings,
     facts: Facts,
+    memory: PlanMemory,
     changed: Collection[str] = (),
 ) -> LoadResult:
     """Open, compare, read, and hand the values to the trainer's objects.
@@ -53,6 +55,7 @@ def load_located(
         options: How strictly to load.
         settings: Of the manager.
         facts: What the trainer says of itself now.
+        memory: Of the manager's plans.
         changed: Tensors that a damaged checkpoint changed; this one must hold them.
 
     Raises:
@@ -80,7 +83,8 @@ def load_located(
         bound = bind_state(wanted, options.parts)
         bounds.append(bound)
         declarations = declarations_of(settings.declarations, wanted)
-        return describe_state(bound.targets(_stored(session, declarations)), declarations)
+        targets = bound.targets(_stored(session, declarations))
+        return describe_state(targets, declarations, memory.outline)
 
     def differences(opened: OpenedCheckpoint, values: Mapping[str, object]) -> Iterable[ReportItem]:
         yield from bounds[0].differences(values, _paths(session.state))

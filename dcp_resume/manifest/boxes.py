@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
+from operator import add, le, sub
 
 __all__ = ["Box"]
 
@@ -26,7 +27,7 @@ class Box:
     def __post_init__(self) -> None:
         if len(self.offsets) != len(self.sizes):
             raise ValueError(f"offsets and sizes differ in length: {self.offsets}, {self.sizes}")
-        if any(value < 0 for value in (*self.offsets, *self.sizes)):
+        if min((*self.offsets, *self.sizes), default=0) < 0:
             raise ValueError(
                 f"offsets and sizes must not be negative: {self.offsets}, {self.sizes}"
             )
@@ -44,7 +45,7 @@ class Box:
     @property
     def stops(self) -> tuple[int, ...]:
         """Per dimension the first index behind the box."""
-        return tuple(o + s for o, s in zip(self.offsets, self.sizes, strict=True))
+        return tuple(map(add, self.offsets, self.sizes))
 
     def intersect(self, other: Box) -> Box | None:
         """The common box, or None where the two share no element."""
@@ -52,15 +53,16 @@ class Box:
         stops = tuple(map(min, self.stops, other.stops))
         if len(self.offsets) != len(other.offsets):
             raise ValueError(f"boxes of different rank: {self} and {other}")
-        if any(stop <= start for start, stop in zip(offsets, stops, strict=True)):
+        if any(map(le, stops, offsets)):
             return None
-        return Box(offsets, tuple(b - a for a, b in zip(offsets, stops, strict=True)))
+        return Box(offsets, tuple(map(sub, stops, offsets)))
 
     def contains(self, other: Box) -> bool:
         """Whether every element of ``other`` lies in this box."""
-        return len(self.offsets) == len(other.offsets) and all(
-            a <= c and d <= b
-            for a, b, c, d in zip(self.offsets, self.stops, other.offsets, other.stops, strict=True)
+        return (
+            len(self.offsets) == len(other.offsets)
+            and all(map(le, self.offsets, other.offsets))
+            and all(map(le, other.stops, self.stops))
         )
 
     def without(self, hole: Box) -> Iterator[Box]:
@@ -85,6 +87,6 @@ class Box:
 
     def relative_to(self, outer: Box) -> Box:
         """The same box, counted from the first element of ``outer``."""
-        return Box(
-            tuple(a - b for a, b in zip(self.offsets, outer.offsets, strict=True)), self.sizes
-        )
+        if len(self.offsets) != len(outer.offsets):
+            raise ValueError(f"boxes of different rank: {self} and {outer}")
+        return Box(tuple(map(sub, self.offsets, outer.offsets)), self.sizes)

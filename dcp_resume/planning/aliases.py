@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Hashable, Iterator, Mapping, Sequence
 
+from dcp_resume.manifest.models import TensorEntry
 from dcp_resume.planning.held import HeldTensor
 from dcp_resume.planning.ties import Ties
 
@@ -16,9 +17,13 @@ def find_aliases(tensors: Sequence[HeldTensor], ties: Ties) -> dict[str, str]:
     The first is one that is not declared to be tied to another, if there is one; else, and among
     several, the one that comes first in the state.
     """
-    groups: dict[Hashable, list[str]] = {}
+    by_address: dict[int, list[HeldTensor]] = {}
     for held in tensors:
-        if held.entry.kind != "per_rank" and any(piece.box.volume for piece in held.pieces):
+        if held.entry.kind != "per_rank" and held.pieces:
+            by_address.setdefault(held.pieces[0].memory.data_ptr(), []).append(held)
+    groups: dict[Hashable, list[str]] = {}
+    for held in (held for near in by_address.values() if len(near) > 1 for held in near):
+        if any(piece.box.volume for piece in held.pieces):
             groups.setdefault(_identity(held), []).append(held.entry.fqn)
     found: dict[str, str] = {}
     for group in groups.values():
@@ -46,25 +51,22 @@ def _identity(held: HeldTensor) -> Hashable:
 
 
 def with_aliases(
-    tensors: Sequence[HeldTensor], shared: Mapping[str, str], ties: Ties
-) -> tuple[HeldTensor, ...]:
+    entries: Sequence[TensorEntry], shared: Mapping[str, str], ties: Ties
+) -> tuple[TensorEntry, ...]:
     """Mark each leaf that is stored under another name.
 
     Ranges of flat buffers are not: the buffers of two stages are cut at other places, so the two
     names have no common chunks.
 
     Args:
-        tensors: Of one rank.
+        entries: Of one rank's tensors.
         shared: Further name → first name of what is the same memory.
         ties: Declared for this rank's leaves.
     """
-    marked: list[HeldTensor] = []
-    for held in tensors:
-        fqn, kind = held.entry.fqn, held.entry.kind
+    marked: list[TensorEntry] = []
+    for entry in entries:
+        fqn, kind = entry.fqn, entry.kind
         first = ties.canonical(fqn) if kind not in ("per_rank", "dp_sharded") else fqn
         first = first if first != fqn else shared.get(fqn, fqn)
-        if first != fqn:
-            entry = held.entry.model_copy(update={"alias_of": first})
-            held = HeldTensor(entry, held.pieces)
-        marked.append(held)
+        marked.append(entry if first == fqn else entry.model_copy(update={"alias_of": first}))
     return tuple(marked)

@@ -9,7 +9,7 @@ import numpy.typing as npt
 
 from dcp_resume.manifest.boxes import Box
 
-__all__ = ["pad_boxes", "resize", "unpad_box"]
+__all__ = ["pad_boxes", "unpad_box"]
 
 I64 = npt.NDArray[np.int64]
 
@@ -27,12 +27,3 @@ def pad_boxes(boxes: Sequence[Box], width: int) -> tuple[I64, I64]:
 def unpad_box(offsets: I64, sizes: I64, ndim: int) -> Box:
     """One row of padded matrices as a box."""
     return Box(tuple(offsets[:ndim].tolist()), tuple(sizes[:ndim].tolist()))
-
-
-def resize(matrix: I64, width: int, fill: int) -> I64:
-    """Widen an ``[n, d]`` matrix to ``[n, width]``."""
-    if matrix.shape[1] == width:
-        return matrix
-    wide = np.full((matrix.shape[0], width), fill, np.int64)
-    wide[:, : matrix.shape[1]] = matrix
-    return wide

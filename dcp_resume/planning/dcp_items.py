@@ -11,7 +11,12 @@ from dcp_resume.format.leaves import pack_leaves
 from dcp_resume.manifest.boxes import Box
 from dcp_resume.manifest.models import TensorEntry
 from dcp_resume.planning.box_rows import pad_boxes
-from dcp_resume.planning.plans import LocalPlan, encode_structure
+from dcp_resume.planning.plans import (
+    LocalPlan,
+    PlanContents,
+    PlanShape,
+    encode_structure,
+)
 
 __all__ = ["box_of_item", "items_to_columns"]
 
@@ -42,12 +47,15 @@ def _entry(item: WriteItem) -> TensorEntry:
     )
 
 
-def items_to_columns(plan: SavePlan, rank: int, world_entries: dict[str, TensorEntry]) -> LocalPlan:
+def items_to_columns(
+    plan: SavePlan, rank: int, world_size: int, world_entries: dict[str, TensorEntry]
+) -> LocalPlan:
     """The columns of one rank's items, after DCP has deduplicated them.
 
     Args:
         plan: The rank's final plan.
         rank: Its rank.
+        world_size: Number of ranks.
         world_entries: FQN → entry, shared by the calls of one save, so that a tensor whose chunks
             went to several ranks is described alike for all.
 
@@ -68,12 +76,13 @@ def items_to_columns(plan: SavePlan, rank: int, world_entries: dict[str, TensorE
     entries = [world_entries[fqn] for fqn in positions]
     width = max((len(entry.global_shape) for entry in entries), default=1) or 1
     offsets, sizes = pad_boxes(boxes, width)
-    return LocalPlan(
+    shape = PlanShape(
         rank=rank,
+        world_size=world_size,
         structure=encode_structure(entries, ()),
         tensor=np.asarray(tensor, np.int32),
         offsets=offsets,
         sizes=sizes,
-        digest=np.zeros((len(tensor), 16), np.uint8),
-        values=pack_leaves({}),
+        compared=np.zeros(0, np.int32),
     )
+    return LocalPlan(shape, PlanContents(b"", pack_leaves({})))

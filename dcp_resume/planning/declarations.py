@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 
-from dcp_resume.planning.declared import Flat, Layout
+from dcp_resume.planning.declared import Flat, Layout, Split
 from dcp_resume.planning.mesh_place import MeshPlace
 from dcp_resume.planning.ties import check_ties
 
@@ -73,3 +73,12 @@ class Declarations:
     def source_rank(self, fqn: str) -> int | None:
         """The rank whose value of ``fqn`` stands for all, if one was declared."""
         return next((r for p, r in self.from_rank.items() if fnmatchcase(fqn, p)), None)
+
+    def to_text(self) -> str:
+        """All that is declared, in its order; the order of patterns and axes counts."""
+        layouts = [
+            (pattern, layout, list(layout.dims.items()) if isinstance(layout, Split) else [])
+            for pattern, layout in self.layouts.items()
+        ]
+        from_rank, ties = list(self.from_rank.items()), list(self.ties.items())
+        return repr((tuple(self.per_rank), from_rank, self.mesh, layouts, ties))

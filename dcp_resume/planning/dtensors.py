@@ -6,14 +6,13 @@ import re
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Replicate, Shard
 from torch.distributed.tensor.placement_types import Placement
 
 from dcp_resume.errors import Problem, StateError
 from dcp_resume.manifest.models import MeshEntry, TensorEntry
-from dcp_resume.planning.held import HeldTensor
+from dcp_resume.planning.held import PlacedTensor
 from dcp_resume.planning.mesh_place import mesh_entry
 from dcp_resume.planning.placements import AxisSplit, HeldBox, held_boxes
 
@@ -49,12 +48,13 @@ class DTensorPlacer:
         self._entries: dict[DeviceMesh, MeshEntry] = {}
         self._placings: dict[tuple[Any, ...], _Placing] = {}
 
-    def hold(self, entry: TensorEntry, tensor: DTensor) -> HeldTensor:
-        """A DTensor's boxes in this rank's memory.
+    def place(self, entry: TensorEntry, tensor: DTensor, num_local: int) -> PlacedTensor:
+        """A DTensor's boxes on this rank.
 
         Args:
             entry: As of a plain tensor.
             tensor: The leaf.
+            num_local: Elements of its local tensor.
 
         Raises:
             StateError: It holds partial sums, or its local tensor does not fit its placements.
@@ -64,22 +64,20 @@ class DTensorPlacer:
         if placing is None:
             placing = self._place(entry.fqn, tensor)
             self._placings[key] = placing
-        with torch.no_grad():  # else autograd makes a view of each local tensor
-            local = tensor.to_local()
         volume = sum(held.box.volume for held in placing.boxes)
-        if placing.is_on_mesh and volume != local.numel():
+        if placing.is_on_mesh and volume != num_local:
             problem = Problem(
                 entry.fqn,
                 "shape",
                 f"placements {tensor.placements} of shape {tuple(tensor.shape)} give this rank "
-                f"{volume} elements, its local tensor has {local.numel()}",
+                f"{volume} elements, its local tensor has {num_local}",
             )
             raise StateError(
                 f"cannot place {problem}; build the DTensor by distribute_tensor or pass its shape "
                 f"to DTensor.from_local",
                 problems=(problem,),
             )
-        return HeldTensor.of(entry.model_copy(update=placing.changed), local, placing.boxes)
+        return PlacedTensor.in_boxes(entry.model_copy(update=placing.changed), placing.boxes)
 
     def _place(self, fqn: str, tensor: DTensor) -> _Placing:
         if any(placement.is_partial() for placement in tensor.placements):

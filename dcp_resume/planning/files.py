@@ -17,7 +17,7 @@ import numpy.typing as npt
 from dcp_resume.format.dtypes import DTYPES
 from dcp_resume.manifest.keys import data_file_name
 from dcp_resume.manifest.models import TensorEntry
-from dcp_resume.planning.plans import FilePlan
+from dcp_resume.planning.plans import FilePlan, chunk_key
 from dcp_resume.planning.table import Table
 
 __all__ = ["MAX_CHUNKS_A_NAME", "FileLayout", "file_names", "lay_out_files"]
@@ -39,7 +39,7 @@ class FileLayout:
     names: tuple[str, ...]
     parts: tuple[str, ...]
     ranks: I64
-    """``[files]`` writing rank."""
+    """``[files]`` writing rank; ascending."""
     ordinal: I64
     """``[n]`` number of the chunk among its rank's chunks of the tensor, from 0; -1 under the
     tensor's own name."""
@@ -51,29 +51,16 @@ class FileLayout:
         """``[files]`` number of chunks."""
         return np.bincount(self.file, minlength=len(self.names)).astype(np.uint32)
 
-    def of_rank(self, rank: int) -> tuple[tuple[FilePlan, ...], npt.NDArray[np.int32], I64]:
+    def of_rank(self, rank: int) -> tuple[tuple[FilePlan, ...], npt.NDArray[np.int32], slice]:
         """The rank's files, the file of each of its chunks, and the rows of those chunks."""
-        mine = np.flatnonzero(self.ranks == rank)
-        if not len(mine):
-            return (), np.zeros(0, np.int32), np.zeros(0, np.int64)
-        first = int(np.searchsorted(self.file, mine[0], side="left"))
-        last = int(np.searchsorted(self.file, mine[-1], side="right"))
-        rows = np.arange(first, last, dtype=np.int64)
-        file = (self.file[rows] - mine[0]).astype(np.int32)
-        keys: list[list[str]] = [[] for _ in mine]
-        for row, position in zip(rows.tolist(), file.tolist(), strict=True):
-            keys[position].append(self.key_of(row))
-        files = tuple(
-            FilePlan(self.names[f], self.parts[f], tuple(names))
-            for f, names in zip(mine.tolist(), keys, strict=True)
-        )
-        return files, file, rows
+        begin, end = np.searchsorted(self.ranks, [rank, rank + 1]).tolist()
+        rows = slice(*np.searchsorted(self.file, [begin, end]).tolist())
+        files = tuple(map(FilePlan, self.names[begin:end], self.parts[begin:end]))
+        return files, (self.file[rows] - begin).astype(np.int32), rows
 
     def key_of(self, row: int) -> str:
         """Name of a chunk in its file."""
-        fqn = self.fqns[int(self.chunks.tensor[row])]
-        ordinal = int(self.ordinal[row])
-        return fqn if ordinal < 0 else f"{fqn}#{ordinal}"
+        return chunk_key(self.fqns[int(self.chunks.tensor[row])], int(self.ordinal[row]))
 
 
 def _ordinals(table: Table, num_tensors: int) -> I64:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 
@@ -13,7 +14,7 @@ from dcp_resume.manifest.models import TensorEntry
 from dcp_resume.planning.flattening import Path, fqn_of, part_of
 from dcp_resume.planning.placements import HeldBox
 
-__all__ = ["HeldPiece", "HeldTensor", "hold_whole", "narrowed", "plain_entry"]
+__all__ = ["HeldPiece", "HeldTensor", "PlacedTensor", "narrowed", "place_whole", "plain_entry"]
 
 _LAYER = re.compile(r"(?:^|\.)(?:layers|h|blocks|layer|decoder)\.(\d+)(?:\.|$)")
 
@@ -25,6 +26,12 @@ class HeldPiece:
     box: Box
     memory: torch.Tensor
     """A view of the trainer's memory, of the box's shape."""
+
+    def view(self, box: Box) -> torch.Tensor:
+        """The memory of a box inside of it."""
+        if box == self.box:
+            return self.memory
+        return narrowed(self.memory, box.relative_to(self.box))
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,8 +45,7 @@ class HeldTensor:
     @classmethod
     def of(cls, entry: TensorEntry, local: torch.Tensor, boxes: Sequence[HeldBox]) -> HeldTensor:
         """A tensor whose boxes lie in one local tensor."""
-        memory = local.detach()
-        return cls(entry, tuple(HeldPiece(held.box, _memory(memory, held)) for held in boxes))
+        return PlacedTensor.in_boxes(entry, boxes).hold(local)
 
     @property
     def is_declared(self) -> bool:
@@ -54,8 +60,26 @@ class HeldTensor:
         """
         for piece in self.pieces:
             if piece.box.contains(box):
-                return narrowed(piece.memory, box.relative_to(piece.box))
+                return piece.view(box)
         raise LookupError(f"{self.entry.fqn}: this rank does not hold {box}")
+
+
+@dataclass(frozen=True, slots=True)
+class PlacedTensor:
+    """One tensor leaf, and where it lies on this rank; nothing of its memory."""
+
+    entry: TensorEntry
+    cut: Callable[[torch.Tensor], Iterable[HeldPiece]]
+    """Makes the pieces out of the leaf's local memory."""
+
+    @classmethod
+    def in_boxes(cls, entry: TensorEntry, boxes: Sequence[HeldBox]) -> PlacedTensor:
+        """A tensor whose boxes lie in one local tensor."""
+        return cls(entry, partial(_cut_boxes, tuple(boxes)))
+
+    def hold(self, local: torch.Tensor) -> HeldTensor:
+        """The same with the rank's memory of it."""
+        return HeldTensor(self.entry, tuple(self.cut(local.detach())))
 
 
 def plain_entry(path: Path, dtype: torch.dtype, shape: Sequence[int]) -> TensorEntry:
@@ -73,9 +97,10 @@ def plain_entry(path: Path, dtype: torch.dtype, shape: Sequence[int]) -> TensorE
     )
 
 
-def hold_whole(entry: TensorEntry, tensor: torch.Tensor) -> HeldTensor:
+def place_whole(entry: TensorEntry) -> PlacedTensor:
     """A tensor that the rank holds whole."""
-    return HeldTensor(entry, (HeldPiece(Box.whole(entry.global_shape), tensor.detach()),))
+    box = Box.whole(entry.global_shape)
+    return PlacedTensor.in_boxes(entry, (HeldBox(box, box.offsets),))
 
 
 def narrowed(memory: torch.Tensor, box: Box) -> torch.Tensor:
@@ -83,6 +108,11 @@ def narrowed(memory: torch.Tensor, box: Box) -> torch.Tensor:
     for dim, (offset, size) in enumerate(zip(box.offsets, box.sizes, strict=True)):
         memory = memory.narrow(dim, offset, size)
     return memory
+
+
+def _cut_boxes(boxes: Sequence[HeldBox], memory: torch.Tensor) -> Iterator[HeldPiece]:
+    for held in boxes:
+        yield HeldPiece(held.box, _memory(memory, held))
 
 
 def _memory(local: torch.Tensor, held: HeldBox) -> torch.Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 import torch
@@ -13,19 +14,19 @@ from dcp_resume.manifest.models import TensorEntry
 from dcp_resume.planning.declared import Flat, Layout, Split
 from dcp_resume.planning.flat import flat_pieces, own_range
 from dcp_resume.planning.flattening import path_of
-from dcp_resume.planning.held import HeldTensor, plain_entry
+from dcp_resume.planning.held import PlacedTensor, plain_entry
 from dcp_resume.planning.mesh_place import MeshPlace
 from dcp_resume.planning.placements import HeldBox, held_boxes
 
-__all__ = ["hold_flat", "hold_split"]
+__all__ = ["place_flat", "place_split"]
 
 LayoutOf = Callable[[str, tuple[int, ...]], Layout | None]
 """FQN and local shape of a tensor → its layout, if one was declared."""
 
 
-def hold_split(
+def place_split(
     entry: TensorEntry, tensor: torch.Tensor, split: Split, place: MeshPlace
-) -> HeldTensor:
+) -> PlacedTensor:
     """A plain tensor under its layout.
 
     Args:
@@ -39,7 +40,7 @@ def hold_split(
         StateError: The tensor is not what the layout gives this rank.
     """
     placed, boxes = _placed(entry, tuple(tensor.shape), split, place)
-    return HeldTensor.of(placed, tensor, boxes)
+    return PlacedTensor.in_boxes(placed, boxes)
 
 
 def _placed(
@@ -82,9 +83,9 @@ def _segments(split: Split) -> tuple[models.Segment, ...] | None:
     )
 
 
-def hold_flat(
+def place_flat(
     fqn: str, buffer: torch.Tensor, flat: Flat, place: MeshPlace, layout_of: LayoutOf
-) -> Iterator[HeldTensor]:
+) -> Iterator[PlacedTensor]:
     """Every member of a flat buffer, also those of which this rank holds nothing.
 
     Args:
@@ -110,7 +111,7 @@ def hold_flat(
         if layout is not None:
             entry, boxes = _placed(entry, member.shape, layout, place)
         entry = entry.model_copy(update={"kind": "dp_sharded"})
-        yield HeldTensor(entry, tuple(flat_pieces(member, boxes, begin, own, buffer.detach())))
+        yield PlacedTensor(entry, partial(flat_pieces, member, boxes, begin, own))
         begin += member.num_elements
 
 

@@ -10,55 +10,69 @@ offset 0 and size 1.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Collection, Mapping, Sequence
+import struct
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from functools import cached_property
+from typing import Any, cast
 
 import numpy as np
 import numpy.typing as npt
-import torch
 
-from dcp_resume.errors import ConfigurationError
+from dcp_resume.errors import InvalidDocument, Problem
 from dcp_resume.format.columns import pack_columns, unpack_columns
 from dcp_resume.format.digests import digest_bytes
-from dcp_resume.format.leaves import pack_leaves
-from dcp_resume.format.tensor_bytes import as_bytes, contiguous_cpu
-from dcp_resume.manifest.boxes import Box
 from dcp_resume.manifest.models import MeshEntry, TensorEntry
-from dcp_resume.planning.box_rows import pad_boxes
-from dcp_resume.planning.declarations import Declarations
-from dcp_resume.planning.flattening import part_of
-from dcp_resume.planning.held import HeldTensor
-from dcp_resume.planning.state import PER_RANK_LEAVES, SHARED_LEAVES, LocalState
-from dcp_resume.planning.ties import Ties
 
 __all__ = [
-    "PER_RANK_LEAVES",
-    "SHARED_LEAVES",
-    "WITHHELD",
     "FilePlan",
     "LocalPlan",
+    "PlanContents",
+    "PlanShape",
     "RankPlan",
-    "local_plan",
+    "Structures",
+    "chunk_key",
+    "decode_structure",
+    "encode_structure",
+    "leaves_entry",
+    "pack_inline",
+    "unpack_inline",
 ]
 
 I64 = npt.NDArray[np.int64]
 
-WITHHELD = {"$withheld": True}
-"""Stands for a value that another rank was declared to offer; no encoded leaf looks like it."""
-
-CORNER_ELEMENTS = 16 * 1024
-"""Of a chunk that a declaration says is replicated, so many elements are compared."""
-
 _MAGIC = b"DCPRPLAN"
+_FORMAT = 1
+"""Of what a fingerprint covers."""
+_HEAD = struct.Struct("<8s7q")
+"""Magic, rank, world size, rows, width, and how many are compared; bytes of structure, contents."""
 _RANK_MAGIC = b"DCPRRANK"
+_INLINE_MAGIC = b"DCPRINLN"
 
 
-@dataclass(frozen=True, slots=True)
-class LocalPlan:
-    """What one rank holds."""
+class Structures:
+    """Keeps each distinct structure once, so that thousands of equal ones are compared as one."""
+
+    def __init__(self) -> None:
+        self._last = b""
+        self._column = np.zeros(0, np.uint8)
+        self._known: dict[bytes, bytes] = {}
+
+    def one_of(self, structure: npt.NDArray[np.uint8]) -> bytes:
+        """The structure, in the same object for all that are equal."""
+        if not np.array_equal(structure, self._column):
+            found = structure.tobytes()
+            self._last = self._known.setdefault(found, found)
+            self._column = np.frombuffer(self._last, np.uint8)
+        return self._last
+
+
+@dataclass(frozen=True, eq=False)
+class PlanShape:
+    """What one rank holds, whatever the contents are."""
 
     rank: int
+    world_size: int
     structure: bytes
     """Canonical JSON: tensor entries and meshes."""
     tensor: npt.NDArray[np.int32]
@@ -67,56 +81,112 @@ class LocalPlan:
     """``[n, D]``"""
     sizes: I64
     """``[n, D]``"""
-    digest: npt.NDArray[np.uint8]
-    """``[n, 16]`` digest of a chunk whose replicas no placement proves; zeros elsewhere."""
+    compared: npt.NDArray[np.int32]
+    """``[k]`` ascending positions of the chunks whose replicas no placement proves."""
+
+    @cached_property
+    def fingerprint(self) -> bytes:
+        """16 bytes over all of it; equal shapes have equal ones."""
+        numbers = (_FORMAT, self.rank, self.world_size, *self.offsets.shape, len(self.compared))
+        columns = (self.tensor, self.offsets, self.sizes, self.compared)
+        parts = (np.asarray(numbers, np.int64), *columns)
+        return digest_bytes([*(part.tobytes() for part in parts), self.structure])
+
+
+@dataclass(frozen=True, slots=True)
+class PlanContents:
+    """What may differ between two saves of one shape."""
+
+    digests: bytes
+    """16 bytes for each compared chunk of the shape, in its order."""
     values: bytes
     """Packed shared values."""
 
     def to_bytes(self) -> bytes:
         """Serialise for another rank."""
-        return pack_columns(
-            _MAGIC,
-            {
-                "structure": np.frombuffer(self.structure, np.uint8),
-                "tensor": self.tensor,
-                "offsets": self.offsets.reshape(-1),
-                "sizes": self.sizes.reshape(-1),
-                "digest": self.digest.reshape(-1),
-                "values": np.frombuffer(self.values, np.uint8),
-            },
-            {"rank": self.rank, "width": int(self.offsets.shape[1])},
-        )
+        return len(self.digests).to_bytes(8, "little") + self.digests + self.values
 
     @classmethod
-    def from_bytes(cls, data: bytes) -> LocalPlan:
-        """Read what ``to_bytes`` wrote.
+    def from_bytes(cls, data: bytes) -> PlanContents:
+        """Read what ``to_bytes`` wrote."""
+        end = 8 + int.from_bytes(data[:8], "little")
+        return cls(data[8:end], data[end:])
+
+
+@dataclass(frozen=True, slots=True)
+class LocalPlan:
+    """What one rank offers."""
+
+    shape: PlanShape
+    contents: PlanContents
+
+    def to_bytes(self) -> bytes:
+        """Serialise for another rank."""
+        shape, contents = self.shape, self.contents.to_bytes()
+        columns = (shape.offsets, shape.sizes, shape.tensor, shape.compared)
+        head = _HEAD.pack(
+            _MAGIC,
+            shape.rank,
+            shape.world_size,
+            *shape.offsets.shape,
+            len(shape.compared),
+            len(shape.structure),
+            len(contents),
+        )
+        return b"".join([head, *(c.tobytes() for c in columns), shape.structure, contents])
+
+    @classmethod
+    def from_bytes(
+        cls, data: bytes | memoryview, structures: Structures | None = None
+    ) -> LocalPlan:
+        """Read what ``to_bytes`` wrote; thousands of ranks' are read in one go.
+
+        Args:
+            data: Of one rank.
+            structures: Of ranks that were read before; by default there are none.
 
         Raises:
             InvalidDocument: The bytes are no local plan.
         """
-        meta, columns = unpack_columns(
-            _MAGIC,
-            data,
-            "local plan",
-            {
-                "structure": ("u1", ()),
-                "tensor": ("i4", ()),
-                "offsets": ("i8", ()),
-                "sizes": ("i8", ()),
-                "digest": ("u1", ()),
-                "values": ("u1", ()),
-            },
+        rank, world_size, rows, width, *lengths = _read_head(data)
+        columns: list[npt.NDArray[Any]] = []
+        position = _HEAD.size
+        for dtype, count in zip(
+            ("<i8", "<i8", "<i4", "<i4", "u1"),
+            (rows * width, rows * width, rows, *lengths[:2]),
+            strict=True,
+        ):
+            columns.append(np.frombuffer(data, dtype, count, position))
+            position += columns[-1].nbytes
+        offsets, sizes, tensor, compared, structure = columns
+        shape = PlanShape(
+            rank=rank,
+            world_size=world_size,
+            structure=(structures or Structures()).one_of(structure),
+            tensor=tensor,
+            offsets=offsets.reshape(rows, width),
+            sizes=sizes.reshape(rows, width),
+            compared=compared,
         )
-        shape = (len(columns["tensor"]), int(meta["width"]))
-        return cls(
-            rank=int(meta["rank"]),
-            structure=columns["structure"].tobytes(),
-            tensor=columns["tensor"],
-            offsets=columns["offsets"].reshape(shape),
-            sizes=columns["sizes"].reshape(shape),
-            digest=columns["digest"].reshape(-1, 16),
-            values=columns["values"].tobytes(),
-        )
+        return cls(shape, PlanContents.from_bytes(bytes(data[position:])))
+
+
+def _read_head(data: bytes | memoryview) -> tuple[int, ...]:
+    """Numbers of a local plan that add up to its length."""
+    if len(data) >= _HEAD.size:
+        magic, *numbers = _HEAD.unpack_from(data)
+        _, _, rows, width, compared, structure, contents = numbers
+        size = _HEAD.size + rows * (16 * width + 4) + 4 * compared + structure + contents
+        if magic == _MAGIC and min(numbers) >= 0 and size == len(data):
+            return tuple(numbers)
+    message = f"{len(data)} bytes that begin with {bytes(data[:8])!r} are no local plan"
+    problem = Problem("local plan", "header", message)
+    raise InvalidDocument(f"{message}; use one version of dcp_resume", problems=(problem,))
+
+
+def chunk_key(fqn: str, ordinal: int) -> str:
+    """Name of a chunk in its file."""
+    return fqn if ordinal < 0 else f"{fqn}#{ordinal}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -125,8 +195,6 @@ class FilePlan:
 
     name: str
     part: str
-    keys: tuple[str, ...]
-    """Per chunk its name in the file, in file order."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -138,29 +206,46 @@ class RankPlan:
     """``[n]`` position of each chunk's file in ``files``; ascending, in file order."""
     tensor: npt.NDArray[np.int32]
     """``[n]`` position in the rank's own structure; -1 for bytes in ``inline``."""
+    ordinal: npt.NDArray[np.int32]
+    """``[n]`` number behind the chunk's name in its file; -1 for none."""
     offsets: I64
     """``[n, D]`` box, as the catalog will say it."""
     sizes: I64
     """``[n, D]``"""
+    names: Mapping[int, str]
+    """Chunk → FQN, of those that are not stored under their tensor's own."""
     inline: Mapping[str, bytes]
     """Name → bytes of chunks that no tensor of this rank holds (shared values)."""
 
+    def rows(self, fqns: Sequence[str]) -> Iterator[tuple[int, str, list[int], list[int]]]:
+        """Each chunk's tensor, name in its file, offsets and sizes, in file order.
+
+        Args:
+            fqns: Of the tensors of the rank's own structure.
+        """
+        tensors = self.tensor.tolist()
+        names = [fqns[tensor] if tensor >= 0 else "" for tensor in tensors]
+        for row, name in self.names.items():
+            names[row] = name
+        keys = map(chunk_key, names, self.ordinal.tolist())
+        return zip(tensors, keys, self.offsets.tolist(), self.sizes.tolist(), strict=True)
+
     def to_bytes(self) -> bytes:
         """Serialise for its rank."""
-        names = sorted(self.inline)
         meta: dict[str, Any] = {
             "width": int(self.offsets.shape[1]),
-            "files": [[f.name, f.part, list(f.keys)] for f in self.files],
-            "inline": [[name, len(self.inline[name])] for name in names],
+            "files": [[f.name, f.part] for f in self.files],
+            "names": list(self.names.items()),
         }
         return pack_columns(
             _RANK_MAGIC,
             {
                 "file": self.file,
                 "tensor": self.tensor,
+                "ordinal": self.ordinal,
                 "offsets": self.offsets.reshape(-1),
                 "sizes": self.sizes.reshape(-1),
-                "inline": np.frombuffer(b"".join(self.inline[name] for name in names), np.uint8),
+                "inline": np.frombuffer(pack_inline(self.inline), np.uint8),
                 "meta": np.frombuffer(json.dumps(meta).encode(), np.uint8),
             },
             {},
@@ -176,6 +261,7 @@ class RankPlan:
         schema = {
             "file": ("i4", ()),
             "tensor": ("i4", ()),
+            "ordinal": ("i4", ()),
             "offsets": ("i8", ()),
             "sizes": ("i8", ()),
             "inline": ("u1", ()),
@@ -184,18 +270,38 @@ class RankPlan:
         _, columns = unpack_columns(_RANK_MAGIC, data, "rank plan", schema)
         meta = json.loads(columns["meta"].tobytes())
         shape = (len(columns["tensor"]), int(meta["width"]))
-        blob, position, inline = columns["inline"].tobytes(), 0, {}
-        for name, length in meta["inline"]:
-            inline[name] = blob[position : position + length]
-            position += length
         return cls(
-            files=tuple(FilePlan(name, part, tuple(keys)) for name, part, keys in meta["files"]),
+            files=tuple(FilePlan(name, part) for name, part in meta["files"]),
             file=columns["file"],
             tensor=columns["tensor"],
+            ordinal=columns["ordinal"],
             offsets=columns["offsets"].reshape(shape),
             sizes=columns["sizes"].reshape(shape),
-            inline=inline,
+            names=dict(meta["names"]),
+            inline=unpack_inline(columns["inline"].tobytes()),
         )
+
+
+def pack_inline(inline: Mapping[str, bytes]) -> bytes:
+    """Name → bytes, as bytes."""
+    data = np.frombuffer(b"".join(inline.values()), np.uint8)
+    sizes = [[name, len(data)] for name, data in inline.items()]
+    return pack_columns(_INLINE_MAGIC, {"data": data}, {"sizes": sizes})
+
+
+def unpack_inline(data: bytes) -> dict[str, bytes]:
+    """Read what ``pack_inline`` wrote.
+
+    Raises:
+        InvalidDocument: The bytes are no such table.
+    """
+    meta, columns = unpack_columns(_INLINE_MAGIC, data, "inline values", {"data": ("u1", ())})
+    joined, position = columns["data"].tobytes(), 0
+    inline: dict[str, bytes] = {}
+    for name, size in cast("list[tuple[str, int]]", meta["sizes"]):
+        inline[name] = joined[position : position + size]
+        position += size
+    return inline
 
 
 def encode_structure(tensors: Sequence[TensorEntry], meshes: Sequence[MeshEntry]) -> bytes:
@@ -216,14 +322,6 @@ def decode_structure(data: bytes) -> tuple[list[TensorEntry], list[MeshEntry]]:
     )
 
 
-def per_rank_leaves(state: LocalState) -> dict[str, bytes]:
-    """Part → packed per-rank values of this rank."""
-    parts: dict[str, dict[str, Any]] = {}
-    for fqn, (path, value) in state.per_rank_values.items():
-        parts.setdefault(part_of(path), {})[fqn] = (path, value)
-    return {part: pack_leaves(values) for part, values in parts.items()}
-
-
 def leaves_entry(fqn: str, part: str, size: int, *, is_per_rank: bool) -> TensorEntry:
     """Entry of a tensor that holds packed values."""
     return TensorEntry(
@@ -235,112 +333,3 @@ def leaves_entry(fqn: str, part: str, size: int, *, is_per_rank: bool) -> Tensor
         kind="per_rank" if is_per_rank else "replicated",
         codec="leaves",
     )
-
-
-def local_plan(
-    state: LocalState, rank: int, world_size: int, declarations: Declarations
-) -> LocalPlan:
-    """Plan what this rank offers to write.
-
-    A tensor that placements over the whole world describe is proved replicated or sharded; the
-    chunks of all others carry a digest, so that the coordinator can compare what it takes for
-    replicas. Of what a declared layout over the whole world describes, a corner is compared: that
-    costs nothing, and finds layers or experts that are numbered from 0 on every rank. A leaf
-    declared ``from_rank`` is offered by that rank alone.
-
-    Raises:
-        ConfigurationError: ``from_rank`` names a rank that does not exist, or the declared mesh is
-            another rank's.
-    """
-    beyond = {p: r for p, r in declarations.from_rank.items() if not 0 <= r < world_size}
-    if beyond:
-        raise ConfigurationError(
-            f"from_rank names {beyond}; the ranks are 0 to {world_size - 1}", option="from_rank"
-        )
-    state.check_place(rank, world_size)
-    entries: list[TensorEntry] = []
-    boxes: list[Box] = []
-    tensor: list[int] = []
-    digests: list[bytes] = []
-    whole_world = {mesh.id for mesh in state.meshes if _size(mesh) == world_size}
-    ties = Ties(declarations.ties, [held.entry.fqn for held in state.tensors])
-    for held in state.tensors:
-        source = declarations.source_rank(held.entry.fqn)
-        position = len(entries)
-        entries.append(held.entry)
-        if source is not None and source != rank:
-            continue
-        evidence = _evidence(held, whole_world, is_alone=world_size == 1, ties=ties)
-        for piece in held.pieces:
-            boxes.append(piece.box)
-            tensor.append(position)
-            digests.append(evidence(piece.memory))
-    for part, data in per_rank_leaves(state).items():
-        entries.append(leaves_entry(PER_RANK_LEAVES + part, part, len(data), is_per_rank=True))
-        boxes.append(Box((0,), (len(data),)))
-        tensor.append(len(entries) - 1)
-        digests.append(bytes(16))
-    width = max((len(entry.global_shape) for entry in entries), default=1) or 1
-    offsets, sizes = pad_boxes(boxes, width)
-    values = {
-        fqn: (path, value if declarations.source_rank(fqn) in (None, rank) else WITHHELD)
-        for fqn, (path, value) in state.values.items()
-    }
-    # The length of packed per-rank values differs between ranks; the columns carry it, so that
-    # the structure text stays equal.
-    shared = [
-        entry.model_copy(update={"global_shape": (0,)}) if entry.codec == "leaves" else entry
-        for entry in entries
-    ]
-    return LocalPlan(
-        rank=rank,
-        structure=encode_structure(shared, state.meshes),
-        tensor=np.asarray(tensor, np.int32),
-        offsets=offsets,
-        sizes=sizes,
-        digest=np.frombuffer(b"".join(digests), np.uint8).reshape(-1, 16),
-        values=pack_leaves(values),
-    )
-
-
-Evidence = Callable[[torch.Tensor], bytes]
-"""Memory of a chunk → what is compared with other ranks' memory of it."""
-
-
-def _evidence(
-    held: HeldTensor, whole_world: Collection[str], *, is_alone: bool, ties: Ties
-) -> Evidence:
-    if held.entry.kind == "per_rank":
-        return _nothing
-    if ties.is_tied(held.entry.alias_of or held.entry.fqn):
-        return _digest  # also of a further name that no tie names: it counts as the first one's
-    if is_alone:
-        return _nothing
-    if held.entry.mesh in whole_world:
-        return _corner_digest if held.is_declared else _nothing
-    return _digest
-
-
-def _nothing(memory: torch.Tensor) -> bytes:
-    del memory
-    return bytes(16)
-
-
-def _digest(memory: torch.Tensor) -> bytes:
-    return digest_bytes([as_bytes(contiguous_cpu(memory))])
-
-
-def _corner_digest(memory: torch.Tensor) -> bytes:
-    left = CORNER_ELEMENTS
-    for dim in reversed(range(memory.ndim)):
-        size = min(memory.shape[dim], left)
-        memory = memory.narrow(dim, 0, size)
-        left //= max(size, 1)
-    return _digest(memory)
-
-
-def _size(mesh: MeshEntry) -> int:
-    size = 1
-    for extent in mesh.shape:
-        size *= extent
-    return size

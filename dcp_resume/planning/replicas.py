@@ -4,18 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from dcp_resume.errors import Problem, ReplicaMismatch
+from dcp_resume.errors import IncompletePlan, Problem, ReplicaMismatch
 from dcp_resume.manifest.models import TensorEntry
 from dcp_resume.planning.table import Table
 from dcp_resume.planning.union import Union
 from dcp_resume.problems import summarise
 
-__all__ = ["Holders", "Named", "deduplicate", "join_aliases"]
+__all__ = ["Comparison", "Holders", "Named", "deduplicate", "join_aliases"]
 
 I64 = npt.NDArray[np.int64]
 
@@ -25,8 +24,8 @@ class Named:
     """The chunks of all ranks, those of further names counted as the first name's."""
 
     table: Table
-    digests: npt.NDArray[np.uint64]
-    """``[n, 2]``"""
+    evidence: I64
+    """``[n]`` position of the chunk's digest among all that the ranks send; -1 for none."""
     offered_as: I64
     """``[n]`` the tensor under whose name a rank holds the chunk."""
     tensors: tuple[TensorEntry, ...]
@@ -36,7 +35,7 @@ class Named:
 
 def join_aliases(
     table: Table,
-    digests: npt.NDArray[np.uint64],
+    evidence: I64,
     tensors: tuple[TensorEntry, ...],
     union: Union,
 ) -> Named:
@@ -65,7 +64,7 @@ def join_aliases(
     moved = np.arange(len(tensors), dtype=np.int64)
     moved[list(first)] = list(first.values())
     joined = Table(moved[table.tensor], table.rank, table.offsets, table.sizes)
-    return Named(joined, digests, table.tensor, tuple(resolved), first)
+    return Named(joined, evidence, table.tensor, tuple(resolved), first)
 
 
 _ALIKE = ("dtype", "global_shape", "segments", "padding")
@@ -137,57 +136,103 @@ def _grouped(table: Table) -> tuple[I64, npt.NDArray[np.bool_]]:
     return order, np.r_[True, np.logical_or.reduce(differ)]
 
 
-def deduplicate(named: Named) -> tuple[Table, Holders]:
+@dataclass(frozen=True, slots=True)
+class Comparison:
+    """Which of the ranks' digests must be equal: ``c`` copies, each with the first of its kind."""
+
+    num_digests: int
+    """Of all ranks."""
+    digest: I64
+    """``[c, 2]`` positions among the ranks' digests, end to end; -1 where a rank sends none."""
+    rank: I64
+    """``[c, 2]``"""
+    offered_as: I64
+    """``[c, 2]`` the tensors under whose names the ranks hold it."""
+    tensor: I64
+    """``[c]``"""
+    tensors: tuple[TensorEntry, ...]
+    first: Mapping[int, int]
+    """Tensor → the tensor that it is an alias of, by position."""
+
+    def check(self, digests: Sequence[bytes]) -> None:
+        """Compare.
+
+        Args:
+            digests: Each rank's, by rank.
+
+        Raises:
+            IncompletePlan: They are not as many as were announced.
+            ReplicaMismatch: Chunks that no placement proves equal have different digests.
+        """
+        joined = b"".join(digests)
+        if len(joined) != 16 * self.num_digests:
+            message = f"ranks announced {self.num_digests} digests, sent {len(joined)} bytes"
+            raise IncompletePlan(
+                f"replicas cannot be compared: {message}; use one version of dcp_resume on all",
+                problems=(Problem("plan", "digests", message),),
+            )
+        none = bytes(16)  # the last row is found at -1
+        found = np.frombuffer(joined + none, np.uint64).reshape(-1, 2)
+        differ = (found[self.digest[:, 0]] != found[self.digest[:, 1]]).any(axis=1)
+        if differ.any():
+            wrong = np.flatnonzero(differ).tolist()
+            _refuse_tied(self, wrong)
+            _refuse_replicas(self, wrong)
+
+
+def deduplicate(named: Named) -> tuple[Table, Holders, Comparison]:
     """One row a distinct chunk, in the order of its first rank, and the ranks that hold it.
 
     Raises:
-        ReplicaMismatch: Chunks that no placement proves equal have different digests, or a tied
-            tensor is cut otherwise than the one that it is tied to.
+        ReplicaMismatch: A tied tensor is cut otherwise than the one that it is tied to.
     """
     order, begins = _grouped(named.table)
     starts = np.flatnonzero(begins)
     counts = np.diff(starts, append=len(order))
-    _compare(named, order, starts, counts)
+    _refuse_cut(named, order, starts, counts)
     place = np.zeros(len(order), np.int64)
     place[order[starts]] = np.arange(len(starts))
     is_first = np.zeros(len(order), bool)
     is_first[order[starts]] = True
-    kept = np.flatnonzero(is_first)
-    groups = place[kept]
+    groups = place[is_first]
     holders = Holders(named.table.rank[order], starts[groups], counts[groups])
-    return named.table.take(kept), holders
+    return named.table.where(is_first), holders, _comparison(named, order, starts, counts)
 
 
-def _compare(named: Named, order: I64, starts: I64, counts: I64) -> None:
-    leader = np.repeat(starts, counts)
-    copies = np.flatnonzero(leader != np.arange(len(order)))
-    differ = named.digests[order[copies]] != named.digests[order[leader[copies]]]
-    wrong = copies[differ.any(axis=1)]
-    if not len(wrong) and not named.first:
-        return
-    rows, offered_as = named.table.take(order), named.offered_as[order]
-    if len(wrong):
-        _refuse_tied(named, rows, offered_as, leader, wrong)
-        _refuse_replicas(rows, wrong, leader, named.tensors)
-    if len(starts):
-        has_first = np.logical_or.reduceat(offered_as == rows.tensor, starts)
-        _refuse_cut(named, rows, offered_as, np.flatnonzero(~np.repeat(has_first, counts)))
+def _comparison(named: Named, order: I64, starts: I64, counts: I64) -> Comparison:
+    if len(starts) == len(order):
+        copies = originals = np.zeros(0, np.int64)
+    else:
+        is_copy = np.ones(len(order), bool)
+        is_copy[starts] = False
+        copies, originals = order[is_copy], order[np.repeat(starts, counts)[is_copy]]
+        sent = (named.evidence[copies] >= 0) | (named.evidence[originals] >= 0)
+        copies, originals = copies[sent], originals[sent]
+    rows = np.column_stack((copies, originals))
+    return Comparison(
+        num_digests=int(named.evidence.max(initial=-1)) + 1,
+        digest=named.evidence[rows],
+        rank=named.table.rank[rows],
+        offered_as=named.offered_as[rows],
+        tensor=named.table.tensor[copies],
+        tensors=named.tensors,
+        first=named.first,
+    )
 
 
-def _refuse_tied(
-    named: Named, rows: Table, offered_as: I64, leader: I64, wrong: npt.NDArray[Any]
-) -> None:
+def _refuse_tied(compared: Comparison, wrong: Sequence[int]) -> None:
     """Refuse what differs under two names; under one name it is no tie that failed."""
+    tensors = compared.tensors
     found: dict[tuple[int, int], set[int]] = {}
-    for row in wrong.tolist():
-        a, b = int(offered_as[row]), int(offered_as[leader[row]])
-        pair = (a, b) if a in named.first else (b, a)
-        found.setdefault(pair, set()).update((int(rows.rank[row]), int(rows.rank[leader[row]])))
+    for row in wrong:
+        a, b = compared.offered_as[row].tolist()
+        pair = (a, b) if a in compared.first else (b, a)
+        found.setdefault(pair, set()).update(compared.rank[row].tolist())
     problems = tuple(
         Problem(
-            named.tensors[a].fqn,
+            tensors[a].fqn,
             "tied",
-            f"it differs from {named.tensors[b].fqn}, to which it is tied (ranks {sorted(ranks)})",
+            f"it differs from {tensors[b].fqn}, to which it is tied (ranks {sorted(ranks)})",
         )
         for (a, b), ranks in found.items()
         if a != b
@@ -200,8 +245,13 @@ def _refuse_tied(
         )
 
 
-def _refuse_cut(named: Named, rows: Table, offered_as: I64, alone: npt.NDArray[Any]) -> None:
-    names = {(int(offered_as[row]), int(rows.tensor[row])) for row in alone.tolist()}
+def _refuse_cut(named: Named, order: I64, starts: I64, counts: I64) -> None:
+    """Refuse tied tensors without common chunks: no digests of theirs could be compared."""
+    if not named.first or not len(starts):
+        return
+    offered_as, tensor = named.offered_as[order], named.table.tensor[order]
+    alone = ~np.repeat(np.logical_or.reduceat(offered_as == tensor, starts), counts)
+    names = set(zip(offered_as[alone].tolist(), tensor[alone].tolist(), strict=True))
     problems = tuple(
         Problem(
             named.tensors[a].fqn,
@@ -219,13 +269,11 @@ def _refuse_cut(named: Named, rows: Table, offered_as: I64, alone: npt.NDArray[A
         )
 
 
-def _refuse_replicas(
-    rows: Table, wrong: npt.NDArray[Any], leader: I64, tensors: Sequence[TensorEntry]
-) -> None:
+def _refuse_replicas(compared: Comparison, wrong: Sequence[int]) -> None:
     found: dict[str, set[int]] = {}
-    for row in wrong.tolist():
-        ranks = found.setdefault(tensors[int(rows.tensor[row])].fqn, set())
-        ranks.update((int(rows.rank[row]), int(rows.rank[leader[row]])))
+    for row in wrong:
+        ranks = found.setdefault(compared.tensors[int(compared.tensor[row])].fqn, set())
+        ranks.update(compared.rank[row].tolist())
     problems = tuple(
         Problem(fqn, "replica", f"ranks {sorted(ranks)} hold different values")
         for fqn, ranks in found.items()

@@ -10,7 +10,8 @@ from torch.distributed.checkpoint.metadata import Metadata, StorageMeta
 from torch.distributed.checkpoint.planner import SavePlan
 
 from dcp_resume.planning.declarations import Declarations
-from dcp_resume.planning.plans import LocalPlan, local_plan
+from dcp_resume.planning.local_plans import local_plan
+from dcp_resume.planning.plans import LocalPlan
 from dcp_resume.planning.state import LocalState, describe_state
 
 __all__ = ["ColumnarStorageMeta", "SavePlanner"]

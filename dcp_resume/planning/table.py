@@ -27,9 +27,15 @@ class Table:
         """The rows selected by an index or mask."""
         return Table(self.tensor[rows], self.rank[rows], self.offsets[rows], self.sizes[rows])
 
+    def where(self, is_kept: npt.NDArray[np.bool_]) -> Table:
+        """The rows of a mask; the table itself where these are all."""
+        return self if is_kept.all() else self.take(is_kept)
+
     @staticmethod
     def concatenate(tables: Sequence[Table]) -> Table:
         """Tables one behind the other."""
+        if len(tables) == 1:
+            return tables[0]
         return Table(
             np.concatenate([t.tensor for t in tables]),
             np.concatenate([t.rank for t in tables]),

@@ -10,7 +10,7 @@ import numpy.typing as npt
 
 from dcp_resume.errors import IncompletePlan, Problem
 from dcp_resume.manifest.models import MeshEntry, TensorEntry
-from dcp_resume.planning.plans import LocalPlan, decode_structure
+from dcp_resume.planning.plans import PlanShape, decode_structure
 from dcp_resume.problems import summarise
 
 __all__ = ["Union", "unite"]
@@ -31,7 +31,7 @@ class Union:
 _COMPARED = ("dtype", "global_shape", "part", "path", "codec", "segments", "padding")
 
 
-def unite(plans: Sequence[LocalPlan]) -> Union:
+def unite(plans: Sequence[PlanShape]) -> Union:
     """Unite the structures of all ranks.
 
     Raises:

@@ -9,10 +9,13 @@ from typing import Any
 from dcp_resume.errors import IncompletePlan, Problem, ReplicaMismatch
 from dcp_resume.format.leaves import pack_leaves, unpack_leaves
 from dcp_resume.planning.flattening import part_of
-from dcp_resume.planning.plans import SHARED_LEAVES, WITHHELD, LocalPlan
+from dcp_resume.planning.state import SHARED_LEAVES, roomy_size
 from dcp_resume.problems import summarise
 
-__all__ = ["merge_values"]
+__all__ = ["WITHHELD", "merge_values"]
+
+WITHHELD = {"$withheld": True}
+"""Stands for a value that another rank was declared to offer; no encoded leaf looks like it."""
 
 Leaf = tuple[tuple[Any, ...], Any]
 """Key path and encoded value."""
@@ -23,9 +26,12 @@ MAX_INDENTED_BYTES = 2 * MANIFEST_LEAF_BYTES
 
 
 def merge_values(
-    plans: Sequence[LocalPlan],
+    offered: Sequence[bytes],
 ) -> tuple[dict[str, Leaf], dict[str, bytes], dict[str, int]]:
     """Merge the shared values of all ranks.
+
+    Args:
+        offered: Each rank's packed values, by rank.
 
     Returns:
         FQN → path and encoded value, of those that go into the manifest; FQN of a tensor → packed
@@ -35,7 +41,7 @@ def merge_values(
         IncompletePlan: The rank that was declared to offer a value does not have it.
         ReplicaMismatch: A value differs between ranks, and nothing was declared.
     """
-    merged = _unite(plans)
+    merged = _unite(offered)
     by_part: dict[str, dict[str, Leaf]] = {}
     for fqn, leaf in merged.items():
         by_part.setdefault(part_of(leaf[0]), {})[fqn] = leaf
@@ -45,30 +51,31 @@ def merge_values(
     for part in sorted(packed, key=lambda name: -len(packed[name])):
         if left <= MANIFEST_LEAF_BYTES and _num_manifest_bytes(merged) <= MAX_INDENTED_BYTES:
             break
-        inline[SHARED_LEAVES + part] = packed[part]
+        # Filled up like a rank's own values, for the same reason.
+        inline[SHARED_LEAVES + part] = packed[part].ljust(roomy_size(len(packed[part])))
         left -= len(packed[part])
         for fqn in by_part[part]:
             del merged[fqn]
     return merged, inline, {part: len(values) for part, values in by_part.items()}
 
 
-def _unite(plans: Sequence[LocalPlan]) -> dict[str, Leaf]:
+def _unite(offered: Sequence[bytes]) -> dict[str, Leaf]:
     merged: dict[str, Leaf] = {}
     holder: dict[str, int] = {}
     problems: list[Problem] = []
-    first: dict[bytes, LocalPlan] = {}
-    for plan in plans:
+    first: dict[bytes, int] = {}
+    for rank, values in enumerate(offered):
         # Ranks of one SPMD group send equal bytes: those are read once.
-        first.setdefault(plan.values, plan)
+        first.setdefault(values, rank)
     withheld: dict[str, None] = {}
-    for plan in first.values():
-        for fqn, leaf in unpack_leaves(plan.values, f"plan of rank {plan.rank}").items():
+    for values, rank in first.items():
+        for fqn, leaf in unpack_leaves(values, f"plan of rank {rank}").items():
             if leaf[1] == WITHHELD:
                 withheld[fqn] = None
             elif fqn not in merged:
-                merged[fqn], holder[fqn] = leaf, plan.rank
+                merged[fqn], holder[fqn] = leaf, rank
             elif merged[fqn] != leaf:
-                message = f"rank {holder[fqn]} has {_short(merged[fqn])}, rank {plan.rank} has "
+                message = f"rank {holder[fqn]} has {_short(merged[fqn])}, rank {rank} has "
                 problems.append(Problem(fqn, "replica", message + _short(leaf)))
     if problems:
         raise ReplicaMismatch(

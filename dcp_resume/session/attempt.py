@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 from dcp_resume.errors import StorageError, StoreNotShared
 from dcp_resume.format.digests import DigestAlgorithm, choose_block_size, digest_hex
@@ -17,16 +17,16 @@ from dcp_resume.manifest.keys import (
     new_attempt_id,
 )
 from dcp_resume.manifest.models import DocumentRef, FileEntry
-from dcp_resume.planning.merge import GlobalPlan, merge
-from dcp_resume.planning.plans import LocalPlan, RankPlan
+from dcp_resume.planning.merge import GlobalPlan
 from dcp_resume.session.commit import Committed, Opened, commit
 from dcp_resume.session.documents import AttemptIdentity, Documents, Facts, build_documents
+from dcp_resume.session.milestones import Milestones
 from dcp_resume.session.run_log import RunLog
 from dcp_resume.session.tensor_digests import TensorDigests
 from dcp_resume.session.writing import RankReport
 from dcp_resume.storage import ObjectStore
 
-__all__ = ["Attempt", "RankOrder", "Run"]
+__all__ = ["Attempt", "Order", "Run"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,8 +39,10 @@ class Run:
 
 
 @dataclass(frozen=True, slots=True)
-class RankOrder:
-    """What the coordinator tells one rank to write, and where."""
+class Order:
+    """What the coordinator tells every rank alike."""
+
+    NUM_BYTES: ClassVar[int] = 72
 
     attempt: str
     step: int
@@ -48,7 +50,6 @@ class RankOrder:
     algorithm: DigestAlgorithm
     """Of the blocks' digests; told by the coordinator, so that no rank uses another."""
     tensor_digests: TensorDigests
-    plan: RankPlan
 
     @property
     def prefix(self) -> str:
@@ -56,26 +57,20 @@ class RankOrder:
         return attempt_prefix(self.step, self.attempt)
 
     def to_bytes(self) -> bytes:
-        """Serialise for its rank."""
+        """Serialise for the ranks, into ``NUM_BYTES``."""
         head = self.block_size.to_bytes(8, "little") + self.step.to_bytes(8, "little")
         names = self.attempt.encode().ljust(32) + self.algorithm.value.encode().ljust(16)
-        names += self.tensor_digests.value.encode().ljust(8)
-        return head + names + self.plan.to_bytes()
+        return head + names + self.tensor_digests.value.encode().ljust(8)
 
     @classmethod
-    def from_bytes(cls, data: bytes) -> RankOrder:
-        """Read what ``to_bytes`` wrote.
-
-        Raises:
-            InvalidDocument: The bytes are no order.
-        """
+    def from_bytes(cls, data: bytes) -> Order:
+        """Read what ``to_bytes`` wrote."""
         return cls(
             attempt=data[16:48].decode().strip(),
             step=int.from_bytes(data[8:16], "little"),
             block_size=int.from_bytes(data[:8], "little"),
             algorithm=DigestAlgorithm(data[48:64].decode().strip()),
             tensor_digests=TensorDigests(data[64:72].decode().strip()),
-            plan=RankPlan.from_bytes(data[72:]),
         )
 
 
@@ -95,17 +90,15 @@ class Attempt:
     def begin(
         cls,
         run: Run,
-        plans: Sequence[LocalPlan],
+        plan: GlobalPlan,
         step: int,
         tensor_digests: TensorDigests = TensorDigests.OMIT,
     ) -> Attempt:
-        """Merge the ranks' plans, name the attempt, and make its directories durable.
+        """Name the attempt, and make its directories durable.
 
         Raises:
-            StateError: The plans contradict each other or do not tile every tensor.
             StorageError: The store failed.
         """
-        plan = merge(plans)
         history = run.log.refresh()
         newest = history.newest()
         identity = AttemptIdentity(
@@ -120,16 +113,12 @@ class Attempt:
         block_size = choose_block_size(_num_bytes(plan))
         return cls(run, identity, plan, history.last_seq, block_size, tensor_digests)
 
-    def order(self, rank: int) -> RankOrder:
-        """What ``rank`` writes."""
+    @property
+    def order(self) -> Order:
+        """What every rank is told."""
         identity = self.identity
-        return RankOrder(
-            identity.attempt,
-            identity.step,
-            self.block_size,
-            self.algorithm,
-            self.tensor_digests,
-            self.plan.rank_plan(rank),
+        return Order(
+            identity.attempt, identity.step, self.block_size, self.algorithm, self.tensor_digests
         )
 
     @property
@@ -142,6 +131,7 @@ class Attempt:
         reports: Sequence[RankReport],
         facts: Facts,
         late_values: Mapping[str, tuple[Any, Any]] | None = None,
+        milestones: Milestones | None = None,
     ) -> Committed:
         """Check that every file is there, write the documents, append the commit.
 
@@ -149,6 +139,7 @@ class Attempt:
             reports: What each rank wrote.
             facts: For the manifest.
             late_values: Non-tensor leaves that came with the reports.
+            milestones: Of the save on this rank; None where times are not measured.
 
         Raises:
             StoreNotShared: Files of some ranks are not visible here.
@@ -167,8 +158,12 @@ class Attempt:
             self.run.log.signing,
         )
         prefix = attempt_prefix(self.identity.step, self.identity.attempt)
-        self._check_listing(prefix, documents.files)
+        self._check_listing(prefix, documents.catalog.files)
+        if milestones is not None:
+            milestones.reach("durable")
         self._write_documents(prefix, documents)
+        ranks = documents.catalog.rank_times
+        times = milestones.times(ranks) if milestones is not None and ranks is not None else None
         return commit(
             self.run.log,
             generation=self.identity.generation,
@@ -184,6 +179,7 @@ class Attempt:
             planned_at=self.planned_at,
             num_bytes=documents.manifest.counts.num_bytes,
             trainer=facts.trainer,
+            times=times,
         )
 
     def _check_listing(self, prefix: str, files: Sequence[FileEntry]) -> None:

@@ -17,8 +17,7 @@ import torch
 from dcp_resume.manifest.models import TensorEntry
 from dcp_resume.manifest.report import ReportItem, Severity
 from dcp_resume.planning.flattening import part_of
-from dcp_resume.planning.plans import PER_RANK_LEAVES, SHARED_LEAVES
-from dcp_resume.planning.state import LocalState
+from dcp_resume.planning.state import PER_RANK_LEAVES, SHARED_LEAVES, LocalState
 from dcp_resume.session.compare_layouts import compare_segments, compare_shapes, compare_ties
 from dcp_resume.session.opening import OpenedCheckpoint
 from dcp_resume.session.values import own_box

@@ -14,7 +14,7 @@ are taken from ``planner.lookup_object`` and encoded here.
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Literal
 
 import torch
@@ -32,13 +32,13 @@ from dcp_resume.format.leaves import encode_leaf, pack_leaves, unpack_leaves
 from dcp_resume.manifest.boxes import Box
 from dcp_resume.manifest.models import TensorEntry, TrainerFacts
 from dcp_resume.manifest.signing import UNSIGNED, Signing
-from dcp_resume.planning.box_rows import unpad_box
 from dcp_resume.planning.dcp_items import box_of_item, items_to_columns
 from dcp_resume.planning.declarations import Declarations
-from dcp_resume.planning.plans import LocalPlan, RankPlan, per_rank_leaves
+from dcp_resume.planning.merge import merge
+from dcp_resume.planning.plans import LocalPlan, RankPlan
 from dcp_resume.planning.save_planner import ColumnarStorageMeta, columns_of
 from dcp_resume.planning.save_planner import SavePlanner as OurSavePlanner
-from dcp_resume.session.attempt import Attempt, RankOrder
+from dcp_resume.session.attempt import Attempt, Order
 from dcp_resume.session.documents import Facts
 from dcp_resume.session.incarnation import incarnation_of
 from dcp_resume.session.save import SaveResult, SaveSession
@@ -164,6 +164,7 @@ class Writer(StorageWriter):
             facts=self._facts,
             declarations=self._declarations,
             tensor_digests=self._tensor_digests,
+            memory=incarnation.memory,
         )
         return self._session
 
@@ -224,10 +225,12 @@ class Writer(StorageWriter):
         entries: dict[str, TensorEntry] = {}
         columns: list[LocalPlan] = []
         for rank, plan in enumerate(plans):
-            columns.append(columns_of(plan) or items_to_columns(plan, rank, entries))
-        self._attempt = Attempt.begin(run, columns, self._step, self._tensor_digests)
+            columns.append(columns_of(plan) or items_to_columns(plan, rank, len(plans), entries))
+        merged = merge(columns)
+        self._attempt = Attempt.begin(run, merged, self._step, self._tensor_digests)
+        order = self._attempt.order.to_bytes()
         return [
-            SavePlan(plan.items, storage_data=self._attempt.order(rank).to_bytes())
+            SavePlan(plan.items, storage_data=order + merged.rank_plan(rank).to_bytes())
             for rank, plan in enumerate(plans)
         ]
 
@@ -249,10 +252,11 @@ class Writer(StorageWriter):
             self.result = session.finish()
             results.set_result([])
             return results
-        order = RankOrder.from_bytes(plan.storage_data)
+        order = Order.from_bytes(plan.storage_data)
+        rank_plan = RankPlan.from_bytes(plan.storage_data[Order.NUM_BYTES :])
         source, values = _source(plan, planner)
         store = incarnation_of(self._url, self._storage_options, self._signing).store
-        staged = stage_rank(order.plan, source, None)
+        staged = stage_rank(rank_plan, source, None)
         num_bytes = staged.num_bytes
         report = write_rank(
             staged, store, order.prefix, order.block_size, order.algorithm, order.tensor_digests
@@ -311,25 +315,27 @@ class _PlannerSource:
         for item in items:
             self._items.setdefault(item.index.fqn, {})[box_of_item(item)] = item
 
-    def chunk(self, plan: RankPlan, row: int, key: str) -> tuple[torch.Tensor, PlacedChunk]:
-        """One planned chunk, which the file holds under ``key``, and its memory."""
-        own = list(self._items.values())[int(plan.tensor[row])]
-        ndim = len(next(iter(own)).sizes)
-        box = unpad_box(plan.offsets[row], plan.sizes[row], ndim)
-        tensor = self._planner.resolve_data(own[box])
-        assert isinstance(tensor, torch.Tensor)
-        dtype = dtype_info(tensor.dtype).name
-        data = own[box].tensor_data
-        assert data is not None
-        line = ChunkHeader(key, dtype, box.sizes, box.offsets)
-        return tensor, PlacedChunk(line, tuple(data.size))
+    def chunks(self, plan: RankPlan) -> Iterator[tuple[torch.Tensor, PlacedChunk]]:
+        """Each planned chunk's memory, and its place, in the order of the plan."""
+        items = list(self._items.values())
+        for local, key, offsets, sizes in plan.rows(list(self._items)):
+            own = items[local]
+            ndim = len(next(iter(own)).sizes)
+            box = Box(tuple(offsets[:ndim]), tuple(sizes[:ndim]))
+            tensor = self._planner.resolve_data(own[box])
+            assert isinstance(tensor, torch.Tensor)
+            dtype = dtype_info(tensor.dtype).name
+            data = own[box].tensor_data
+            assert data is not None
+            line = ChunkHeader(key, dtype, box.sizes, box.offsets)
+            yield tensor, PlacedChunk(line, tuple(data.size))
 
 
 def _source(plan: SavePlan, planner: SavePlanner) -> tuple[ChunkSource, dict[str, Any]]:
     """Where this rank's bytes come from, and the values it encodes itself."""
     if isinstance(planner, OurSavePlanner) and planner.local_state is not None:
         state = planner.local_state
-        return RankSource(state.tensors, per_rank_leaves(state)), {}
+        return RankSource(state.tensors, state.per_rank_leaves), {}
     values: dict[str, Any] = {}
     tensors: list[WriteItem] = []
     for item in plan.items:

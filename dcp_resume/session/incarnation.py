@@ -16,6 +16,7 @@ from dcp_resume.manifest.signing import UNSIGNED, Signing
 from dcp_resume.session.attempt import Run
 from dcp_resume.session.commit import choose_newest
 from dcp_resume.session.ownership import own_run
+from dcp_resume.session.plan_memory import PlanMemory
 from dcp_resume.session.ranks import Ranks
 from dcp_resume.session.run_log import RunLog
 from dcp_resume.session.staging import BufferPool
@@ -32,6 +33,7 @@ class Incarnation:
     store: ObjectStore
     log: RunLog
     pool: BufferPool = field(default_factory=BufferPool)
+    memory: PlanMemory = field(default_factory=PlanMemory)
     storage_options: Mapping[str, Any] = field(default_factory=dict, repr=False)
     signing: Signing = UNSIGNED
     loaded_seq: int | None = None

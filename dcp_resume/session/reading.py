@@ -53,26 +53,28 @@ def plan_boxes(
     ]
     overlaps = find_overlaps(wanted, opened.index)
     index = opened.index
+    chunks = np.asarray([overlap.chunk for overlap in overlaps], np.int64)
+    columns = zip(
+        overlaps,
+        index.chunk_file[chunks].tolist(),
+        opened.begins[chunks].tolist(),
+        index.box_sizes[index.chunk_box[chunks]].tolist(),
+        opened.itemsizes[index.chunk_tensor[chunks]].tolist(),
+        strict=True,
+    )
     places = [
         ChunkPlace(
-            file=int(index.chunk_file[overlap.chunk]),
-            begin=int(opened.begins[overlap.chunk]),
-            sizes=_chunk_sizes(opened, overlap.chunk),
-            itemsize=int(opened.itemsizes[index.chunk_tensor[overlap.chunk]]),
+            file=file,
+            begin=begin,
+            sizes=tuple(sizes[: len(overlap.box.sizes)]),
+            itemsize=itemsize,
             target_sizes=boxes[overlap.target][1].sizes,
         )
-        for overlap in overlaps
+        for overlap, file, begin, sizes, itemsize in columns
     ]
     bounds = {file: opened.block_bounds(file) for file in {place.file for place in places}}
     max_bytes = max(read_bytes, opened.manifest.digest.block_size)
     return plan_reads(overlaps, places, bounds, max_gap=MAX_GAP_BYTES, max_bytes=max_bytes)
-
-
-def _chunk_sizes(opened: OpenedCheckpoint, chunk: int) -> tuple[int, ...]:
-    tensor = int(opened.index.chunk_tensor[chunk])
-    ndim = len(opened.catalog.tensors[tensor].global_shape)
-    row = opened.index.box_sizes[opened.index.chunk_box[chunk]]
-    return tuple(row[:ndim].tolist())
 
 
 class _Reader:

@@ -22,16 +22,19 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from dcp_resume.errors import CommitUnknown, ConfigurationError, RankSilent, StorageError
-from dcp_resume.events import CheckpointCommitted, PhaseFinished, StepReached, emit
+from dcp_resume.events import CheckpointCommitted, PhaseFinished, PlanAgreed, StepReached, emit
 from dcp_resume.planning.declarations import Declarations
-from dcp_resume.planning.plans import LocalPlan, local_plan, per_rank_leaves
+from dcp_resume.planning.local_plans import local_plan
+from dcp_resume.planning.plans import LocalPlan
 from dcp_resume.planning.state import LocalState, describe_state
-from dcp_resume.session.attempt import Attempt, RankOrder, Run
+from dcp_resume.session.attempt import Attempt, Order, Run
 from dcp_resume.session.documents import Facts
+from dcp_resume.session.milestones import Milestones
+from dcp_resume.session.plan_memory import TELL_ALL, PlanMemory
 from dcp_resume.session.staging import BufferPool
 from dcp_resume.session.tensor_digests import TensorDigests
 from dcp_resume.session.votes import Votes
@@ -70,6 +73,7 @@ class SaveSession:
         facts: For the manifest; the coordinator's count.
         declarations: What the caller knows of its leaves.
         tensor_digests: Whether to record a digest of each tensor; the coordinator's word counts.
+        memory: Of earlier saves of the run; by default there is none.
     """
 
     def __init__(
@@ -81,6 +85,7 @@ class SaveSession:
         facts: Facts,
         declarations: Declarations | None = None,
         tensor_digests: TensorDigests = TensorDigests.OMIT,
+        memory: PlanMemory | None = None,
     ) -> None:
         self._run = run
         self._votes = votes
@@ -88,11 +93,17 @@ class SaveSession:
         self._facts = facts
         self._declarations = declarations or Declarations()
         self._tensor_digests = tensor_digests
-        self._started = time.monotonic()
-        self._order: RankOrder | None = None  # known after step 1
+        self._memory = memory or PlanMemory()
+        self._milestones = Milestones(step, votes.rank)
+        self._order: Order | None = None  # known after step 1
         self._staged: StagedRank | None = None  # known after step 2
         self._failure: Exception | None = None  # of step 2, told to all ranks in step 4
         self._attempt: Attempt | None = None  # known after step 1, on the coordinator
+
+    @property
+    def _head(self) -> bytes:
+        """Of each ballot."""
+        return self._step.to_bytes(8, "little")
 
     @property
     def num_bytes(self) -> int:
@@ -117,24 +128,38 @@ class SaveSession:
             StateError: The ranks' states contradict each other.
         """
         self._reach(1)
+        self._milestones.is_blocking = pool is None  # without a copy the trainer must wait
         started = time.monotonic()
-        described: list[LocalState] = []
+        memory, offered = self._memory, list[tuple[LocalState, LocalPlan]]()
 
         def offer() -> bytes:
             leaves = state() if callable(state) else state
-            described.append(describe_state(leaves, self._declarations))
+            described = describe_state(leaves, self._declarations, memory.outline)
             rank, world_size = self._votes.rank, self._votes.world_size
-            plan = local_plan(described[0], rank, world_size, self._declarations)
-            return self._step.to_bytes(8, "little") + plan.to_bytes()
+            plan = local_plan(described, rank, world_size, self._declarations, memory.offer)
+            offered.append((described, plan))
+            return self._head + memory.ballot(plan)
 
-        self._order = RankOrder.from_bytes(self._votes.round("agree", offer, self._begin))
+        answer = self._votes.round("agree", offer, self._begin)
+        described, plan = offered[0]
+        if answer == TELL_ALL:
+            answer = self._votes.round(
+                "agree in full", lambda: self._head + memory.full_ballot(plan), self._begin
+            )
+        self._order = Order.from_bytes(answer)
+        told = answer[Order.NUM_BYTES :]
+        rank_plan = memory.learn(told, plan)
+        self._milestones.reach("planned")
         self._finish_phase("plan", started, 0)
+        is_remembered = memory.is_remembered(told)
+        emit(PlanAgreed(step=self._step, rank=self._votes.rank, is_remembered=is_remembered))
 
         self._reach(2)
         started = time.monotonic()
-        source = RankSource(described[0].tensors, per_rank_leaves(described[0]))
+        source = RankSource(described.tensors, described.per_rank_leaves)
         try:
-            self._staged = stage_rank(self._order.plan, source, pool)
+            self._staged = stage_rank(rank_plan, source, pool)
+            self._milestones.reach("staged")
         except Exception as error:
             # The others are past this step: they hear of it, with its cause, when they report.
             self._failure = error
@@ -161,7 +186,8 @@ class SaveSession:
                 self._staged.release()
         self._reach(5)
         seq, attempt, num_bytes = json.loads(answer)
-        duration = time.monotonic() - self._started
+        self._milestones.reach("committed")
+        duration = self._milestones.elapsed_s
         if self._votes.rank == 0:
             emit(
                 CheckpointCommitted(
@@ -185,9 +211,13 @@ class SaveSession:
                 f"save() on every rank with the same step",
                 option="step",
             )
-        plans = [LocalPlan.from_bytes(ballot[8:]) for ballot in ballots]
-        self._attempt = Attempt.begin(self._run, plans, self._step, self._tensor_digests)
-        return [self._attempt.order(rank).to_bytes() for rank in range(len(ballots))]
+        told = [ballot[8:] for ballot in ballots]
+        if not self._memory.can_merge(told):
+            return [TELL_ALL] * len(ballots)
+        plan = self._memory.merge(told)
+        self._attempt = Attempt.begin(self._run, plan, self._step, self._tensor_digests)
+        order = self._attempt.order.to_bytes()
+        return [order + answer for answer in self._memory.answers(told, plan)]
 
     # Step 3, every rank.
 
@@ -207,8 +237,9 @@ class SaveSession:
             order.algorithm,
             order.tensor_digests,
         )
+        self._milestones.reach("written")
         self._finish_phase("write", started, num_bytes)
-        return report.to_bytes()
+        return replace(report, reached_us=self._milestones.reported_us()).to_bytes()
 
     # Step 4, coordinator.
 
@@ -217,7 +248,7 @@ class SaveSession:
         self._reach(4)
         started = time.monotonic()
         reports = [RankReport.from_bytes(ballot) for ballot in ballots]
-        committed = self._attempt.commit(reports, self._facts)
+        committed = self._attempt.commit(reports, self._facts, milestones=self._milestones)
         self._finish_phase("commit", started, 0)
         outcome = [committed.seq, committed.record.attempt, committed.record.num_bytes]
         return [json.dumps(outcome).encode()] * len(ballots)

@@ -98,19 +98,16 @@ def stage_chunks(views: Sequence[torch.Tensor], pool: BufferPool) -> StagedFile:
 
     After the call the caller may change the tensors.
     """
-    lengths = [view.numel() * view.element_size() for view in views]
+    lengths = [view.nbytes for view in views]
     buffer = pool.take(sum(lengths))
-    position = 0
-    for view, length in zip(views, lengths, strict=True):
-        if length:
-            place = buffer[position : position + length]
-            source = view.detach()
+    filled = buffer[: sum(lengths)]
+    with torch.no_grad():
+        for view, place in zip(views, filled.split_with_sizes(lengths), strict=True):
+            source = view
             if source.is_conj() or source.is_neg():
                 source = source.resolve_conj().resolve_neg()
             _typed(place, source).copy_(source)
-        position += length
-    whole = as_bytes(buffer[:position])
-    return StagedFile([whole], lengths, pool, buffer)
+    return StagedFile([as_bytes(filled)], lengths, pool, buffer)
 
 
 def _typed(place: torch.Tensor, source: torch.Tensor) -> torch.Tensor:

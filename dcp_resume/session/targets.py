@@ -10,7 +10,7 @@ import torch
 
 from dcp_resume.format.tensor_bytes import as_bytes
 from dcp_resume.manifest.boxes import Box
-from dcp_resume.planning.held import HeldPiece, narrowed
+from dcp_resume.planning.held import HeldPiece
 from dcp_resume.planning.padding import inside_of, outside_of
 
 __all__ = ["Apply", "Target", "settle", "target_of", "targets_of"]
@@ -74,10 +74,10 @@ def targets_of(
     """
     stored = inside_of(piece.box, stored_shape)
     if stored is not None:
-        view = narrowed(piece.memory, stored.relative_to(piece.box))
-        yield target_of(fqn, stored, view, apply)
-    for box in outside_of(piece.box, stored_shape):
-        yield _padding_target(fqn, narrowed(piece.memory, box.relative_to(piece.box)))
+        yield target_of(fqn, stored, piece.view(stored), apply)
+    if stored != piece.box:
+        for box in outside_of(piece.box, stored_shape):
+            yield _padding_target(fqn, piece.view(box))
 
 
 def _padding_target(fqn: str, view: torch.Tensor) -> Target:

@@ -9,8 +9,7 @@ from typing import Any
 from dcp_resume.errors import CorruptData
 from dcp_resume.format.leaves import unpack_leaves
 from dcp_resume.manifest.boxes import Box
-from dcp_resume.planning.plans import PER_RANK_LEAVES, SHARED_LEAVES
-from dcp_resume.planning.state import LocalState
+from dcp_resume.planning.state import PER_RANK_LEAVES, SHARED_LEAVES, LocalState
 from dcp_resume.problems import summarise
 from dcp_resume.session.opening import OpenedCheckpoint
 from dcp_resume.session.reading import read_targets

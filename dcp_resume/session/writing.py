@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import time
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -10,16 +11,17 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from dcp_resume.events import FileWritten, emit
 from dcp_resume.format.columns import pack_columns, unpack_columns
 from dcp_resume.format.data_file import ChunkHeader, header_bytes
 from dcp_resume.format.digests import DIGEST_BYTES, DigestAlgorithm, block_bounds, digest_blocks
 from dcp_resume.format.dtypes import ITEMSIZES
 from dcp_resume.format.position_digest import PositionDigest
 from dcp_resume.manifest.boxes import Box
-from dcp_resume.planning.box_rows import unpad_box
 from dcp_resume.planning.held import HeldTensor
 from dcp_resume.planning.padding import logical_shape
 from dcp_resume.planning.plans import RankPlan
+from dcp_resume.planning.state import PER_RANK_LEAVES
 from dcp_resume.session.box_digests import digest_row_major
 from dcp_resume.session.staging import BufferPool, StagedFile, borrow_chunks, stage_chunks
 from dcp_resume.session.tensor_digests import TensorDigests
@@ -64,8 +66,8 @@ class PlacedChunk:
 class ChunkSource(Protocol):
     """Where a rank's plan finds its bytes."""
 
-    def chunk(self, plan: RankPlan, row: int, key: str) -> tuple[torch.Tensor, PlacedChunk]:
-        """One planned chunk, which the file holds under ``key``, and its memory."""
+    def chunks(self, plan: RankPlan) -> Iterator[tuple[torch.Tensor, PlacedChunk]]:
+        """Each planned chunk's memory, and its place, in the order of the plan."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,34 +76,38 @@ class RankSource:
 
     tensors: Sequence[HeldTensor]
     """In the order of the rank's structure."""
-    per_rank_leaves: dict[str, bytes]
+    per_rank_leaves: Mapping[str, bytes]
     """Part → packed per-rank values; their entries follow the tensors in the structure."""
 
-    def chunk(self, plan: RankPlan, row: int, key: str) -> tuple[torch.Tensor, PlacedChunk]:
-        """One planned chunk, which the file holds under ``key``, and its memory."""
-        local = int(plan.tensor[row])
-        if local < 0:
-            return _leaves_chunk(plan, row, key, plan.inline[key])
-        if local >= len(self.tensors):
-            part = list(self.per_rank_leaves)[local - len(self.tensors)]
-            return _leaves_chunk(plan, row, key, self.per_rank_leaves[part])
-        held = self.tensors[local]
-        entry = held.entry
-        is_stacked = entry.kind == "per_rank"
-        ndim = len(entry.global_shape) + is_stacked
-        box = unpad_box(plan.offsets[row], plan.sizes[row], ndim)
-        line = ChunkHeader(key, entry.dtype, box.sizes, box.offsets)
-        if is_stacked:
-            return held.pieces[0].memory.unsqueeze(0), PlacedChunk(line)
-        return held.view(box), PlacedChunk(line, logical_shape(entry))
+    def chunks(self, plan: RankPlan) -> Iterator[tuple[torch.Tensor, PlacedChunk]]:
+        """Each planned chunk's memory, and its place, in the order of the plan."""
+        own = list(self.per_rank_leaves.values())
+        fqns = [held.entry.fqn for held in self.tensors]
+        fqns += [PER_RANK_LEAVES + part for part in self.per_rank_leaves]
+        for local, key, offsets, sizes in plan.rows(fqns):
+            if local < 0:
+                yield _leaves_chunk(key, offsets, sizes, plan.inline[key])
+                continue
+            if local >= len(self.tensors):
+                yield _leaves_chunk(key, offsets, sizes, own[local - len(self.tensors)])
+                continue
+            held = self.tensors[local]
+            entry = held.entry
+            is_stacked = entry.kind == "per_rank"
+            ndim = len(entry.global_shape) + is_stacked
+            box = Box(tuple(offsets[:ndim]), tuple(sizes[:ndim]))
+            line = ChunkHeader(key, entry.dtype, box.sizes, box.offsets)
+            if is_stacked:
+                yield held.pieces[0].memory.unsqueeze(0), PlacedChunk(line)
+            else:
+                yield held.view(box), PlacedChunk(line, logical_shape(entry))
 
 
 def _leaves_chunk(
-    plan: RankPlan, row: int, key: str, data: bytes
+    key: str, offsets: Sequence[int], sizes: Sequence[int], data: bytes
 ) -> tuple[torch.Tensor, PlacedChunk]:
-    box = unpad_box(plan.offsets[row], plan.sizes[row], 1)
     view = torch.frombuffer(bytearray(data), dtype=torch.uint8)
-    return view, PlacedChunk(ChunkHeader(key, "uint8", box.sizes, box.offsets))
+    return view, PlacedChunk(ChunkHeader(key, "uint8", tuple(sizes[:1]), tuple(offsets[:1])))
 
 
 @dataclass(slots=True)
@@ -134,11 +140,9 @@ def stage_rank(plan: RankPlan, source: ChunkSource, pool: BufferPool | None) -> 
         pool: Buffers to copy into; None to use the tensors' own memory, which must then stay as it
             is until the files are written.
     """
-    keys = [key for file in plan.files for key in file.keys]
     views: list[list[torch.Tensor]] = [[] for _ in plan.files]
     chunks: list[list[PlacedChunk]] = [[] for _ in plan.files]
-    for row, (file, key) in enumerate(zip(plan.file.tolist(), keys, strict=True)):
-        view, chunk = source.chunk(plan, row, key)
+    for file, (view, chunk) in zip(plan.file.tolist(), source.chunks(plan), strict=True):
         views[file].append(view)
         chunks[file].append(chunk)
     return StagedRank(
@@ -164,6 +168,8 @@ class RankReport:
     position_sums: npt.NDArray[np.uint64] = field(default_factory=_no_sums)
     """``[chunks, 2]`` each chunk's part of its tensor's digest, file by file; no rows where tensor
     digests are not recorded."""
+    reached_us: npt.NDArray[np.int64] = field(default_factory=lambda: np.zeros(0, np.int64))
+    """``[3]`` as of ``Milestones.reported_us``, or ``[0]`` where nothing was measured."""
 
     def to_bytes(self) -> bytes:
         """Serialise for the coordinator."""
@@ -175,6 +181,7 @@ class RankReport:
                 "num_blocks": self.num_blocks,
                 "digests": self.digests.reshape(-1),
                 "position_sums": self.position_sums,
+                "reached_us": self.reached_us,
             },
             {},
         )
@@ -192,6 +199,7 @@ class RankReport:
             "num_blocks": ("i8", ()),
             "digests": ("u1", ()),
             "position_sums": ("u8", (2,)),
+            "reached_us": ("i8", ()),
         }
         _, columns = unpack_columns(_REPORT_MAGIC, data, "rank report", schema)
         return cls(
@@ -200,6 +208,7 @@ class RankReport:
             num_blocks=columns["num_blocks"],
             digests=columns["digests"].reshape(-1, 16),
             position_sums=columns["position_sums"],
+            reached_us=columns["reached_us"],
         )
 
     @classmethod
@@ -239,7 +248,10 @@ def write_rank(
         sums: list[PositionDigest] = []
         if tensor_digests is TensorDigests.RECORD:
             sums = [c.digest(data) for c, data in zip(chunks, file.chunks(), strict=True)]
+        started = time.monotonic()
         size = store.write(prefix + name, buffers)
+        duration_s = time.monotonic() - started
+        emit(FileWritten(key=prefix + name, num_bytes=size, duration_s=duration_s))
         reports.append(file_report(size, len(header), digest, sums))
         file.release()
     return RankReport.joined(reports)

@@ -15,10 +15,10 @@ from dcp_resume.manifest.boxes import Box
 from dcp_resume.planning.declarations import Declarations
 from dcp_resume.planning.declared import Flat, Member, Segment, Split
 from dcp_resume.planning.flat import range_boxes
+from dcp_resume.planning.local_plans import local_plan
 from dcp_resume.planning.merge import merge
 from dcp_resume.planning.mesh_place import MeshPlace
 from dcp_resume.planning.padding import inside_of, outside_of
-from dcp_resume.planning.plans import local_plan
 from dcp_resume.planning.state import describe_state
 
 SEEDED = settings(derandomize=True, deadline=None, max_examples=60)

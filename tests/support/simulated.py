@@ -13,8 +13,9 @@ from dcp_resume.manifest.models import MeshEntry, TensorEntry, TrainerFacts
 from dcp_resume.planning.declarations import Declarations
 from dcp_resume.planning.flattening import fqn_of, part_of
 from dcp_resume.planning.held import HeldTensor
+from dcp_resume.planning.local_plans import local_plan
+from dcp_resume.planning.merge import merge
 from dcp_resume.planning.placements import AxisSplit, HeldBox, held_boxes
-from dcp_resume.planning.plans import local_plan, per_rank_leaves
 from dcp_resume.planning.state import LocalState
 from dcp_resume.session.attempt import Attempt
 from dcp_resume.session.commit import Committed, choose_newest
@@ -142,12 +143,12 @@ def save_simulated(
         local_plan(state, rank, mesh.world_size, Declarations())
         for rank, state in enumerate(states)
     ]
-    attempt = Attempt.begin(run, plans, step)
+    attempt = Attempt.begin(run, merge(plans), step)
     reports = []
     for rank, state in enumerate(states):
-        order = attempt.order(rank)
-        source = RankSource(state.tensors, per_rank_leaves(state))
-        staged = stage_rank(order.plan, source, None)
+        order, plan = attempt.order, attempt.plan.rank_plan(rank)
+        source = RankSource(state.tensors, state.per_rank_leaves)
+        staged = stage_rank(plan, source, None)
         reports.append(write_rank(staged, store, order.prefix, order.block_size))
     trainer = TrainerFacts(step=step, consumed_samples=7 * step, metrics={"loss": 1.5})
     return attempt.commit(reports, Facts(trainer, {"layers": 4}))

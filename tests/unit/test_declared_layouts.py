@@ -14,8 +14,8 @@ from dcp_resume.errors import (
     StateError,
 )
 from dcp_resume.planning.declarations import Parameter
+from dcp_resume.planning.local_plans import CORNER_ELEMENTS, local_plan
 from dcp_resume.planning.merge import merge
-from dcp_resume.planning.plans import CORNER_ELEMENTS, local_plan
 from dcp_resume.planning.state import describe_state
 
 ROWS = Split({"tp": 0})
@@ -66,7 +66,7 @@ def test_a_rank_without_a_place(sizes, rank):
 def test_a_mesh_of_another_rank_is_refused_where_a_layout_uses_it():
     declared = Declarations(mesh=place_of(1), layouts={"*": ROWS})
     state = describe_state({"m": {"w": torch.ones(2)}}, declared)
-    assert local_plan(state, 1, 2, declared).rank == 1
+    assert local_plan(state, 1, 2, declared).shape.rank == 1
     with pytest.raises(ConfigurationError, match="seen from rank 1; this is rank 0 of 2"):
         local_plan(state, 0, 2, declared)
     with pytest.raises(ConfigurationError, match="ranks 0 to 1"):
@@ -223,7 +223,7 @@ def test_one_structure_is_sent_by_all_ranks_of_a_flat_buffer():
     for rank in range(4):
         declared = Declarations(mesh=place_of(rank, dp=4), layouts={"z.b": flat})
         state = describe_state({"z": {"b": torch.ones(3)}}, declared)
-        structures.add(local_plan(state, rank, 4, declared).structure)
+        structures.add(local_plan(state, rank, 4, declared).shape.structure)
     assert len(structures) == 1
 
 

@@ -36,8 +36,9 @@ from dcp_resume.errors import (
 )
 from dcp_resume.manifest.boxes import Box
 from dcp_resume.manifest.models import TrainerFacts
-from dcp_resume.planning.merge import CUT_BYTES, PIECES, merge
-from dcp_resume.planning.plans import local_plan
+from dcp_resume.planning.local_plans import local_plan
+from dcp_resume.planning.merge import merge
+from dcp_resume.planning.merged_shapes import CUT_BYTES, PIECES
 from dcp_resume.planning.state import describe_state
 from dcp_resume.session.commit import choose_newest
 from dcp_resume.session.documents import Facts

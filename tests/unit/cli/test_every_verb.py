@@ -26,6 +26,7 @@ VERBS = {
     "tag": "tag {url} good --step 20",
     "quarantine": "quarantine {url} 20",
     "unquarantine": "unquarantine {url} 20",
+    "report": "report {url} --output {new}.html",
     "prune": "prune {url} --keep-last 1",
     "gc": "gc {url}",
     "doctor": "doctor {url}",
