@@ -37,6 +37,11 @@
     │   │   └── ParentRetired                  a checkpoint that this one refers to was retired
     │   ├── CommitUnknown                      the commit's outcome could not be learned in time
     │   └── SaveInProgress                     a save is running and the policy is to refuse
+    ├── InteropError                           a checkpoint of another format, read or written
+    │   ├── ForeignFormat                      it is not of the format that was asked for, or none
+    │   ├── ForeignDamage                      it contradicts itself, or leads out of its place
+    │   ├── Unheld                             the target's format cannot hold part of the state
+    │   └── ExportMismatch                     what was exported does not read back as it was
     ├── RetireRefused                          the run or its policy still needs the checkpoint
     ├── Fenced                                 a newer incarnation of the run has opened the log
     ├── RunMismatch                            two different runs share one root
@@ -64,8 +69,12 @@ __all__ = [
     "DamageDisputed",
     "DcpResumeError",
     "DuplicateFqn",
+    "ExportMismatch",
     "Fenced",
+    "ForeignDamage",
+    "ForeignFormat",
     "IncompletePlan",
+    "InteropError",
     "InvalidCheckpoint",
     "InvalidDocument",
     "KeyExists",
@@ -94,6 +103,7 @@ __all__ = [
     "StorageUnavailable",
     "StoreNotShared",
     "TensorMismatch",
+    "Unheld",
     "UnsupportedFormat",
     "UnsupportedLeaf",
     "UnsupportedStore",
@@ -356,6 +366,30 @@ class SaveInProgress(SaveError):
     """A save is still running and the policy is to refuse a second one."""
 
     running_step: int
+
+
+class InteropError(DcpResumeError):
+    """A checkpoint of another format could not be read or written; nothing was committed."""
+
+    url: str
+    """The foreign file or directory."""
+    problems: tuple[Problem, ...]
+
+
+class ForeignFormat(InteropError):
+    """What lies there is not of the format that was asked for, or of none that is known."""
+
+
+class ForeignDamage(InteropError):
+    """The foreign checkpoint contradicts itself, is cut short, or names what is outside of it."""
+
+
+class Unheld(InteropError):
+    """The target cannot hold part of the state, and the policy is to refuse."""
+
+
+class ExportMismatch(InteropError):
+    """What was exported does not read back bit for bit; it was not published."""
 
 
 class RetireRefused(DcpResumeError):
