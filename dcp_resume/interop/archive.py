@@ -1,4 +1,4 @@
-"""The zip archives that ``torch.save`` makes: found inside a file's bytes, and laid out to stream."""
+"""The zip archives of ``torch.save``: found inside a file's bytes, and laid out to stream."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """Write a checkpoint in another library's format, and prove that it reads back bit for bit.
 
 1. Open. The checkpoint's documents are read and proved.
-2. Choose. What the format cannot hold is refused, or dropped and listed, before anything is written.
+2. Choose. What the format cannot hold is refused, or dropped and listed, before a byte is written.
 3. Write. Verified reads fill a window, which is handed on; memory does not grow with the tensors.
 4. Prove. What was written is opened as a foreign checkpoint and compared with the source.
 5. Publish. It gets its name.
@@ -248,9 +248,7 @@ class _Choice:
         reason = ""
         if entry.kind == "per_rank":
             reason = "each rank has its own, and the format holds one"
-        elif self._form is Format.SAFETENSORS and DTYPES[entry.dtype].safetensors_name is None:
-            reason = f"the format has no {entry.dtype}"
-        elif self._form is Format.INFINITRAIN and entry.dtype not in infinitrain.DTYPES:
+        elif not _has_dtype(self._form, entry.dtype):
             reason = f"the format has no {entry.dtype}"
         elif self._form is Format.INFINITRAIN and entry.part not in ("model", "optim"):
             reason = "the format has the parts model and optim alone"
@@ -273,6 +271,12 @@ class _Choice:
             else:
                 found[name] = self._path(own), value
         return found
+
+
+def _has_dtype(form: Format, dtype: str) -> bool:
+    if form is Format.SAFETENSORS:
+        return DTYPES[dtype].safetensors_name is not None
+    return form is not Format.INFINITRAIN or dtype in infinitrain.DTYPES
 
 
 def _prove(

@@ -221,7 +221,7 @@ def fill_targets(foreign: Foreign, targets: Sequence[Target]) -> int:
             read = RangeRead(ByteRange(start, start + length), memory.data)
             reads.setdefault(region.key, []).append(read)
             total += length
-            there = whole[_slices(common.relative_to(target.box))]
+            there = whole[(*_slices(common.relative_to(target.box)), ...)]  # an array, 0-d too
             copies.append((there, _strided(memory, common.sizes, region.strides, item)))
     for key, wanted in reads.items():
         try:

@@ -1,8 +1,8 @@
 """Pickles as inert trees: opcodes are read and written, and nothing is imported, called or built.
 
-``GLOBAL`` becomes a ``Named``, a call becomes a ``Called`` with its arguments, and an object's state
-is kept beside it; what such a tree means is for the reader of a format to say, by the names that it
-knows. An opcode outside of the list below is refused.
+``GLOBAL`` becomes a ``Named``, a call becomes a ``Called`` with its arguments, and an object's
+state is kept beside it; what such a tree means is for the reader of a format to say, by the names
+that it knows. An opcode outside of the list below is refused.
 """
 
 from __future__ import annotations

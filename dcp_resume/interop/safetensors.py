@@ -168,7 +168,7 @@ def lay_out_safetensors(outgoing: Outgoing, name: str) -> list[OutgoingFile]:
     count = len(shards)
     names = [f"model-{n:05d}-of-{count:05d}.safetensors" for n in range(1, count + 1)]
     files = []
-    weight_map = {}
+    weight_map: dict[str, str] = {}
     total = 0
     for shard_name, shard in zip(names, shards, strict=True):
         own = {t.name for t in shard}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -167,9 +168,7 @@ def _holds(value: Any, kind: type) -> bool:
 
 def tensor_tree(storage: str, dtype: str, shape: Sequence[int], strides: Sequence[int]) -> Called:
     """A whole storage as a tensor of torch."""
-    numel = 1
-    for size in shape:
-        numel *= size
+    numel = math.prod(shape)
     size, stride, legacy = tuple(shape), tuple(strides), _NAMES.get(dtype)
     if legacy is not None:
         place = Persistent(("storage", Named("torch", legacy), storage, "cpu", numel))
