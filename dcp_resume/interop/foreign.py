@@ -221,7 +221,7 @@ def fill_targets(foreign: Foreign, targets: Sequence[Target]) -> int:
             read = RangeRead(ByteRange(start, start + length), memory.data)
             reads.setdefault(region.key, []).append(read)
             total += length
-            there = whole[(*_slices(common.relative_to(target.box)), ...)]  # an array, 0-d too
+            there = whole[_slices(common.relative_to(target.box))]
             copies.append((there, _strided(memory, common.sizes, region.strides, item)))
     for key, wanted in reads.items():
         try:
@@ -238,8 +238,10 @@ def _position(region: Region, box: Box) -> int:
     return sum(o * s for o, s in zip(relative.offsets, region.strides, strict=True))
 
 
-def _slices(box: Box) -> tuple[slice, ...]:
-    return tuple(slice(o, o + n) for o, n in zip(box.offsets, box.sizes, strict=True))
+def _slices(box: Box) -> tuple[Any, ...]:
+    """With an ellipsis, so that of a 0-d array comes an array, not its element."""
+    inside = (slice(o, o + n) for o, n in zip(box.offsets, box.sizes, strict=True))
+    return (*inside, ...)
 
 
 def _elements(memory: memoryview, sizes: tuple[int, ...], item: int) -> np.ndarray[Any, Any]:

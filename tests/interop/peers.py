@@ -61,7 +61,7 @@ def load_run(root, like) -> dict:
         for part, inner in like.items()
     }
     with CheckpointManager(root) as checkpoints:
-        checkpoints.load(blank, options=LoadOptions(parts=frozenset(like)))
+        checkpoints.load(blank, options=LoadOptions(parts=tuple(like)))
     return blank
 
 

@@ -119,7 +119,7 @@ def test_dcp_to_us(tmp_path):
     assert_equal(load_run(tmp_path / "run", {"model": state["model"]})["model"], state["model"])
     back = {"epoch": {"n": 0, "name": ""}}
     with CheckpointManager(tmp_path / "run") as checkpoints:
-        checkpoints.load(back, options=LoadOptions(parts=frozenset({"epoch"})))
+        checkpoints.load(back, options=LoadOptions(parts=("epoch",)))
     assert back["epoch"] == {"n": 4, "name": "x"}
 
 
