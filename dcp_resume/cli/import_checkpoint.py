@@ -26,7 +26,7 @@ torch_dist, InfiniTrain). Nothing of it is executed. Tensors stream by in window
 """
 _EXAMPLES = """\
   dcp-resume import model.pth runs/a
-  dcp-resume import s3://bucket/llama runs/a --format safetensors --part model
+  dcp-resume import s3://bucket/weights runs/a --format safetensors --part model
   dcp-resume import checkpoints/400 runs/a --format dcp --step 400
 """
 

@@ -39,7 +39,7 @@ def test_what_is_refused_is_said_and_told_by_the_exit_code(tmp_path, capsys):
 def test_all_of_it_in_a_bucket(bucket, s3_server, tmp_path, capsys):
     torch.save({"a": torch.randn(3, 4)}, tmp_path / "it.pth")
     given = s3_server.storage_options.items()
-    options = [f"--storage-option={key}={value}" for key, value in given]
+    options = [f"--storage-option={key}={json.dumps(value)}" for key, value in given]
     run, target = f"s3://{bucket}/run", f"s3://{bucket}/out/dcp"
     assert main(["import", str(tmp_path / "it.pth"), run, *options]) == 0
     assert main(["export", run, target, "--format", "dcp", "--part", "model", *options]) == 0
