@@ -104,7 +104,8 @@ def _trainer_facts(source: Source, key: str, sizes: dict[str, int]) -> dict[str,
     text = source.read_whole(key, 1 << 20).decode(errors="replace")
     found = re.findall(r'"(\w{1,40})"\s*:\s*(-?[0-9][0-9.eE+-]{0,30})', text)
     facts: dict[str, Any] = {}
-    for name, number in found:
+    known = {*_MODEL_FACTS, *_SIZES, "global_step", "last_lr"}
+    for name, number in ((n, v) for n, v in found if n in known):
         try:
             facts[name] = float(number) if name == "last_lr" else int(number)
         except ValueError as error:

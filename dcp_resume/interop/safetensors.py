@@ -48,7 +48,7 @@ def read_safetensors(source: Source) -> Foreign:
                 _add(found, name, _tensor(name, entry, metadata, key, data_at))
                 places[name] = key
             aliases.update((k, v) for k, v in metadata.items() if isinstance(v, str))
-        except (ValueError, LookupError, TypeError, RecursionError) as error:
+        except (AttributeError, LookupError, TypeError, ValueError, RecursionError) as error:
             problems.append(Problem(key, "header", f"malformed ({error})"))
     problems += [] if problems else _index_problems(source, sizes, places)
     if problems:

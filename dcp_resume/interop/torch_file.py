@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import struct
 from collections.abc import Iterable
 from typing import Any
 
@@ -25,7 +26,15 @@ from dcp_resume.planning.flattening import Path, fqn_of
 
 __all__ = ["Saved", "collect", "lay_out_saved", "lay_out_torch", "read_saved", "read_torch"]
 
-MALFORMED = (ValueError, LookupError, UnicodeError)
+MALFORMED = (
+    ArithmeticError,
+    AttributeError,
+    LookupError,
+    RecursionError,
+    TypeError,
+    ValueError,
+    struct.error,
+)
 """What parsing a hostile file raises."""
 
 

@@ -26,7 +26,8 @@ __all__ = [
     "value_tree",
 ]
 
-MAX_LEAVES = 10_000_000
+MAX_NODES = 20_000_000
+"""A pickle of a few bytes can name one list in another a billion times over."""
 MAX_DEPTH = 100
 
 _STORAGES = {
@@ -67,43 +68,51 @@ class Unknown:
     name: str
 
 
-def plain(node: Any, depth: int = 0) -> Any:
+def plain(node: Any) -> Any:
     """An inert tree as values, ``StoredView`` and ``Unknown``; nothing of it is executed.
 
     Raises:
-        ValueError: Nested too deep, or a tensor that is malformed.
+        ValueError: Nested too deep, of more nodes than any state, or a tensor that is malformed.
     """
-    if depth > MAX_DEPTH:
-        raise ValueError("nested too deep")
-    if isinstance(node, Mapping):
-        return {key: plain(item, depth + 1) for key, item in node.items()}
-    if isinstance(node, (list, tuple)):
-        return type(node)(plain(item, depth + 1) for item in node)
-    if isinstance(node, Named):
-        is_dtype = node.module == "torch" and node.name in DTYPES
-        return DTYPES[node.name].torch_dtype if is_dtype else Unknown(str(node))
-    if isinstance(node, Called):
-        return _plain_called(node, depth)
-    return Unknown("a storage") if isinstance(node, Persistent) else node
+    return _Reading().plain(node, 0)
 
 
-def _plain_called(node: Called, depth: int) -> Any:
-    args = node.args if isinstance(node.args, tuple) else ()
-    if node.name == "collections.OrderedDict" and not args:
-        return OrderedDict((key, plain(item, depth + 1)) for key, item in node.pairs)
-    if node.name in ("torch._utils._rebuild_tensor_v2", "torch._utils._rebuild_tensor_v3"):
-        return _view(args)
-    if node.name.startswith("torch._utils._rebuild_parameter") and args:
-        return plain(args[0], depth + 1)
-    if node.name == "torch.Size" and len(args) == 1:
-        return torch.Size(_integers(args[0]))
-    if node.name == "builtins.set" and not args:
-        return set(plain(node.items, depth + 1))
-    if node.name == "builtins.set":
-        return set(plain(args[0], depth + 1))
-    if node.name == "builtins.complex" and all(type(arg) is float for arg in args):
-        return complex(*args)
-    return Unknown(node.name or "an object")
+class _Reading:
+    """Counts the nodes of one tree."""
+
+    def __init__(self) -> None:
+        self._num_nodes = 0
+
+    def plain(self, node: Any, depth: int) -> Any:
+        self._num_nodes += 1
+        if depth > MAX_DEPTH or self._num_nodes > MAX_NODES:
+            raise ValueError(f"deeper than {MAX_DEPTH} levels, or more than {MAX_NODES} nodes")
+        if isinstance(node, Mapping):
+            return {key: self.plain(item, depth + 1) for key, item in node.items()}
+        if isinstance(node, (list, tuple)):
+            return type(node)(self.plain(item, depth + 1) for item in node)
+        if isinstance(node, Named):
+            is_dtype = node.module == "torch" and node.name in DTYPES
+            return DTYPES[node.name].torch_dtype if is_dtype else Unknown(str(node))
+        if isinstance(node, Called):
+            return self._called(node, depth)
+        return Unknown("a storage") if isinstance(node, Persistent) else node
+
+    def _called(self, node: Called, depth: int) -> Any:
+        args = node.args if isinstance(node.args, tuple) else ()
+        if node.name == "collections.OrderedDict" and not args:
+            return OrderedDict((key, self.plain(item, depth + 1)) for key, item in node.pairs)
+        if node.name in ("torch._utils._rebuild_tensor_v2", "torch._utils._rebuild_tensor_v3"):
+            return _view(args)
+        if node.name.startswith("torch._utils._rebuild_parameter") and args:
+            return self.plain(args[0], depth + 1)
+        if node.name == "torch.Size" and len(args) == 1:
+            return torch.Size(_integers(args[0]))
+        if node.name == "builtins.set":
+            return set(self.plain(args[0] if args else node.items, depth + 1))
+        if node.name == "builtins.complex" and all(type(arg) is float for arg in args):
+            return complex(*args)
+        return Unknown(node.name or "an object")
 
 
 def _view(args: tuple[Any, ...]) -> StoredView:

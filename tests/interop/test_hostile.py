@@ -12,7 +12,7 @@ import torch.distributed.checkpoint as dcp
 
 from dcp_resume import open_store
 from dcp_resume.errors import ConfigurationError, CorruptData, ForeignDamage, ForeignFormat, Unheld
-from dcp_resume.interop import Format, Leftovers
+from dcp_resume.interop import Format, Leftovers, torch_objects
 from dcp_resume.interop.inert_pickle import load_inert
 from tests.interop.peers import give_out, load_run, save_run, take_in, tensors
 
@@ -109,6 +109,16 @@ def test_a_safetensors_header_that_lies_is_refused_with_every_problem(tmp_path):
 def test_malformed_pickles_are_value_errors(data):
     with pytest.raises(ValueError, match=r"."):
         load_inert(data)
+
+
+def test_a_small_pickle_of_a_billion_nodes_is_refused(monkeypatch):
+    monkeypatch.setattr(torch_objects, "MAX_NODES", 10_000)
+    nested = b"\x80\x02]q\x00" + b"".join(
+        b"](" + b"h" + bytes([n]) + (b"h" + bytes([n])) * 9 + b"eq" + bytes([n + 1])
+        for n in range(20)
+    )
+    with pytest.raises(ValueError, match="nodes"):
+        torch_objects.plain(load_inert(nested + b"."))
 
 
 def test_the_old_text_opcodes_are_read():
