@@ -235,7 +235,6 @@ class _Writer:
         self._shard_bytes = shard_bytes
         self._files: list[list[Segment]] = [[]]
         self._at = 0
-        self.storage: dict[Any, Any] = {}
 
     def add(self, tree: Any, members: list[tuple[str, Any]]) -> Called:
         """One archive; returns where it lies."""
