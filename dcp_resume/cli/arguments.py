@@ -33,6 +33,7 @@ __all__ = [
     "open_pair",
     "open_run",
     "open_url",
+    "opener",
     "read_pairs",
 ]
 
@@ -188,20 +189,32 @@ def open_pair(
         ConfigurationError: A URL or an option cannot work, or there is no URL that an option could
             be for.
     """
-    own = read_pairs(arguments.storage_option)
     others = getattr(arguments, "target_storage_option", None)
-    retry = _retry(arguments, retry)
-    if others is not None:
-        first = open_store(a, storage_options=own, retry=retry)
-        return first, open_store(b, storage_options=read_pairs(others), retry=retry)
-    are_local = _is_local(a) and _is_local(b)  # then the options are for nobody, and are refused
-    stores = [
-        open_store(
-            url, storage_options=None if _is_local(url) and not are_local else own, retry=retry
-        )
-        for url in (a, b)
-    ]
-    return stores[0], stores[1]
+    if others is None:
+        opened = opener(a, b, arguments, retry=retry)
+        return opened(a), opened(b)
+    first = open_url(a, arguments, retry=retry)
+    second = read_pairs(others)
+    return first, open_store(b, storage_options=second, retry=_retry(arguments, retry))
+
+
+def opener(
+    a: str, b: str, arguments: argparse.Namespace, *, retry: RetryPolicy = BRIEF
+) -> Callable[[str], ObjectStore]:
+    """Opens two URLs, and others beside them; options count for all that are not local.
+
+    What it returns raises ConfigurationError where a URL or an option cannot work, or where both
+    URLs are local, so that an option would be for nobody.
+    """
+    own = read_pairs(arguments.storage_option)
+    policy = _retry(arguments, retry)
+    are_local = _is_local(a) and _is_local(b)
+
+    def opened(url: str) -> ObjectStore:
+        options = None if _is_local(url) and not are_local else own
+        return open_store(url, storage_options=options, retry=policy)
+
+    return opened
 
 
 def _is_local(url: str) -> bool:

@@ -17,9 +17,9 @@ from dcp_resume.events import subscribe
 __all__ = ["main"]
 
 _DESCRIPTION = """\
-Look at, verify, compare, copy, reshard and prune the checkpoints of a training run, and prove that
-it resumes. URL is a path, file://, s3://bucket/… or another URL that fsspec knows; credentials come
-from the environment, as for any AWS client.
+Look at, verify, compare, copy, reshard, export, import and prune the checkpoints of a training run,
+and prove that it resumes. URL is a path, file://, s3://bucket/… or another URL that fsspec knows;
+credentials come from the environment, as for any AWS client.
 """
 _EPILOG = f"""\
 examples:
@@ -74,6 +74,8 @@ def _parser() -> argparse.ArgumentParser:
         copy_checkpoints,
         diff_checkpoints,
         doctor,
+        export_checkpoint,
+        import_checkpoint,
         inspect_checkpoint,
         list_run,
         mark_checkpoint,
@@ -102,6 +104,8 @@ def _parser() -> argparse.ArgumentParser:
         plan_reads,
         copy_checkpoints,
         reshard_checkpoint,
+        export_checkpoint,
+        import_checkpoint,
         diff_checkpoints,
         prove_resume,
         compare_loss,

@@ -34,6 +34,7 @@ from dcp_resume.format.digests import DigestAlgorithm, digest_hex
 from dcp_resume.manifest.history import RunHistory
 from dcp_resume.manifest.keys import MANIFEST_NAME, attempt_prefix, new_attempt_id
 from dcp_resume.manifest.models import DocumentRef
+from dcp_resume.manifest.records import SaveTimes
 from dcp_resume.manifest.wire import MAX_MANIFEST_BYTES
 from dcp_resume.problems import summarise
 from dcp_resume.session.block_windows import BlockWindow, cut_file, wrong_blocks
@@ -236,8 +237,13 @@ class RunCopy:
             num_bytes=manifest.counts.num_bytes,
             trainer=manifest.trainer,
             created=manifest.created,
+            times=self._times(located),
         )
         return committed.seq
+
+    def _times(self, located: Located) -> SaveTimes | None:
+        record = self._origin.history.commits.get(located.seq)
+        return record.times if record is not None else None
 
     def _copy_marks(self, located: Located, seq: int) -> None:
         """Pins and tags of the source; none of the target's is taken away but a tag that moves."""

@@ -13,45 +13,26 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from contextlib import suppress
 from dataclasses import dataclass, field
 
-import numpy as np
-
-from dcp_resume.errors import (
-    CommitUnknown,
-    CorruptData,
-    DcpResumeError,
-    LoadRefused,
-    Problem,
-    StorageError,
-)
-from dcp_resume.format.digests import DigestAlgorithm, choose_block_size
-from dcp_resume.format.dtypes import ITEMSIZES
+from dcp_resume.errors import CorruptData, LoadRefused, Problem
+from dcp_resume.format.digests import DigestAlgorithm
 from dcp_resume.manifest.history import RunHistory
-from dcp_resume.manifest.keys import (
-    CATALOG_NAME,
-    INDEX_NAME,
-    MANIFEST_NAME,
-    attempt_prefix,
-    new_attempt_id,
-)
+from dcp_resume.manifest.keys import new_attempt_id
 from dcp_resume.manifest.models import Manifest
 from dcp_resume.manifest.signing import ANYONE, UNSIGNED, Signing, Trust
 from dcp_resume.planning.layout_rules import LayoutRules, TargetMesh
 from dcp_resume.planning.layouts import Kept, TargetLayout, plan_layout
 from dcp_resume.problems import summarise
-from dcp_resume.session.attempt import Attempt
-from dcp_resume.session.commit import Committed, choose_newest
-from dcp_resume.session.documents import AttemptIdentity, Facts, tensor_digests
+from dcp_resume.session.commit import choose_newest
+from dcp_resume.session.documents import Facts, tensor_digests
 from dcp_resume.session.located import Located
-from dcp_resume.session.opening import OpenedCheckpoint, open_checkpoint
-from dcp_resume.session.ownership import own_run
+from dcp_resume.session.offline import OfflineAttempt
+from dcp_resume.session.opening import open_checkpoint
 from dcp_resume.session.read_plan import stored_state
 from dcp_resume.session.run_log import RunLog
-from dcp_resume.session.streaming import FileStreamer
+from dcp_resume.session.streaming import StoredFiller
 from dcp_resume.session.tensor_digests import TensorDigests, differing, recorded_digest
-from dcp_resume.session.votes import LonelyVotes
 from dcp_resume.session.windows import check_window
 from dcp_resume.session.writing import RankReport
 from dcp_resume.storage import ObjectStore, check_exclusive_create
@@ -130,19 +111,25 @@ def reshard(
     log = RunLog(target, signing=options.signing)
     log.refresh()
     check_exclusive_create(target, f"probe/{new_attempt_id()}/")
-    written = _Written(opened.manifest, target, layout)
+    tensors = layout.plan.tensors
+    is_recorded = any(recorded_digest(entry) is not None for entry in tensors)
+    digests = TensorDigests.RECORD if is_recorded else TensorDigests.OMIT
+    written = OfflineAttempt(target, layout.plan, opened.manifest.step, digests)
+    filler = StoredFiller(source, opened)
     try:
-        report, read_bytes = written.write_files(source, opened, options)
+        report = written.write_files(
+            filler.fill,
+            window_bytes=options.window_bytes,
+            progress=options.progress,
+            algorithm=DigestAlgorithm(options.signing.digest_algorithm),
+        )
+        if is_recorded:
+            _check_tensors(layout, report)
     except BaseException:
         written.remove()
         raise
-    try:
-        committed = written.commit(log, report)
-    except CommitUnknown:
-        raise
-    except DcpResumeError:
-        written.remove()
-        raise
+    facts = _facts(opened.manifest, layout)
+    committed = written.commit(log, report, facts, _chooser(opened.manifest))
     return ReshardResult(
         step=committed.record.step,
         seq=committed.seq,
@@ -151,7 +138,7 @@ def reshard(
         world_size=mesh.world_size,
         num_files=len(layout.plan.layout.names),
         num_bytes=committed.record.num_bytes,
-        read_bytes=read_bytes,
+        read_bytes=filler.read_bytes,
         kept=layout.kept,
         dropped=layout.dropped,
         duration_s=time.monotonic() - started,
@@ -187,95 +174,25 @@ def _chooser(manifest: Manifest) -> Callable[[RunHistory], int | None]:
     return choose
 
 
-class _Written:
-    """The files of one attempt."""
-
-    def __init__(self, source: Manifest, target: ObjectStore, layout: TargetLayout) -> None:
-        self._source = source
-        self._target = target
-        self._layout = layout
-        self._attempt = new_attempt_id()
-        self.prefix = attempt_prefix(source.step, self._attempt)
-        chunks, tensors = layout.plan.layout.chunks, layout.plan.tensors
-        itemsize = np.asarray([ITEMSIZES[entry.dtype] for entry in tensors] or [1], np.int64)
-        self._num_bytes = int((chunks.sizes.prod(axis=1) * itemsize[chunks.tensor]).sum())
-        self._block_size = choose_block_size(self._num_bytes)
-        is_recorded = any(recorded_digest(entry) is not None for entry in tensors)
-        self._tensor_digests = TensorDigests.RECORD if is_recorded else TensorDigests.OMIT
-
-    def write_files(
-        self, source: ObjectStore, opened: OpenedCheckpoint, options: ReshardOptions
-    ) -> tuple[RankReport, int]:
-        """Step 3. Returns also the bytes fetched."""
-        done = 0
-
-        def advance(num_bytes: int) -> None:
-            nonlocal done
-            done += num_bytes
-            options.progress(done, self._num_bytes)
-
-        window_bytes = max(1, min(options.window_bytes, self._num_bytes))
-        streamer = FileStreamer(source, opened, window_bytes=window_bytes, progress=advance)
-        self._target.prepare(self.prefix)
-        layout, tensors = self._layout.plan.layout, self._layout.plan.tensors
-        algorithm = DigestAlgorithm(options.signing.digest_algorithm)
-        reports = [
-            streamer.write(
-                layout,
-                tensors,
-                file,
-                self._target,
-                self.prefix + name,
-                self._block_size,
-                algorithm,
-                self._tensor_digests,
-            )
-            for file, name in enumerate(layout.names)
-        ]
-        report = RankReport.joined(reports)
-        self._check_tensors(report)
-        return report, streamer.read_bytes
-
-    def _check_tensors(self, report: RankReport) -> None:
-        """Prove that every element is at its place in what was written."""
-        if self._tensor_digests is TensorDigests.OMIT:
-            return
-        plan = self._layout.plan
-        found = tensor_digests(plan, report.position_sums)
-        problems = tuple(differing(zip(plan.tensors, found, strict=True)))
-        if problems:
-            raise CorruptData(
-                f"tensors are not those that were saved, though their blocks are; nothing was "
-                f"committed:\n{summarise(problems)}\nreshard another step",
-                problems=problems,
-            )
-
-    def commit(self, log: RunLog, report: RankReport) -> Committed:
-        """Step 4."""
-        run = own_run(self._target, log, LonelyVotes(), _chooser(self._source), is_probed=True)
-        history, source = run.log.refresh(), self._source
-        newest = history.newest()
-        identity = AttemptIdentity(
-            run=str(history.run),
-            step=source.step,
-            attempt=self._attempt,
-            generation=run.opened.generation,
-            parent=newest.seq if newest else None,
-            resume_source=run.opened.resume_source,
+def _check_tensors(layout: TargetLayout, report: RankReport) -> None:
+    """Prove that every element is at its place in what was written."""
+    plan = layout.plan
+    found = tensor_digests(plan, report.position_sums)
+    problems = tuple(differing(zip(plan.tensors, found, strict=True)))
+    if problems:
+        raise CorruptData(
+            f"tensors are not those that were saved, though their blocks are; nothing was "
+            f"committed:\n{summarise(problems)}\nreshard another step",
+            problems=problems,
         )
-        attempt = Attempt(run, identity, self._layout.plan, history.last_seq, self._block_size)
-        facts = Facts(
-            trainer=source.trainer,
-            model=source.model,
-            optimizer=source.optimizer,
-            data=source.data,
-            precision=source.precision,
-            stages=self._layout.stages,
-        )
-        return attempt.commit([report], facts)
 
-    def remove(self) -> None:
-        """Take back an attempt that certainly did not commit; what fails stays as litter."""
-        names = (*self._layout.plan.layout.names, INDEX_NAME, CATALOG_NAME, MANIFEST_NAME)
-        with suppress(StorageError):
-            self._target.delete([self.prefix + name for name in names])
+
+def _facts(source: Manifest, layout: TargetLayout) -> Facts:
+    return Facts(
+        trainer=source.trainer,
+        model=source.model,
+        optimizer=source.optimizer,
+        data=source.data,
+        precision=source.precision,
+        stages=layout.stages,
+    )

@@ -40,6 +40,9 @@ def test_the_newest_checkpoint_arrives_byte_for_byte_and_counts(run, tmp_path, c
     a, b = (call_json("ls", root)[1]["checkpoints"][-1] for root in (run, target))
     for same in ("step", "created", "num_bytes", "attempt", "manifest", "trainer", "state"):
         assert a[same] == b[same], same
+    a, b = (RunLog(open_store(str(root))).refresh().newest().record for root in (run, target))
+    assert a.times is not None
+    assert a.times == b.times
     assert call_json("diff", run, target)[1]["is_equal"]
 
 

@@ -19,6 +19,7 @@ VERBS = {
     "verify": "verify {url}",
     "plan": "plan {url} --to tp=2",
     "cp": "cp {url} {new}",
+    "export": "export {url} {new}.pth --format torch --drop",
     "reshard": "reshard {url} {new}-tp2 --to tp=2",
     "diff": "diff {url} {url}",
     "pin": "pin {url} --step 20",
@@ -30,12 +31,13 @@ VERBS = {
     "prune": "prune {url} --keep-last 1",
     "gc": "gc {url}",
     "doctor": "doctor {url}",
+    "import": "import {new}.safetensors {url} --step 40",
 }
 """In this order each one ends well on a whole run."""
 ENDLESS = {"watch": "watch {url}"}
 WITHOUT_URL = {"compare-loss": "compare-loss a b", "completion": "completion bash"}
 ON_COMMANDS = {"prove": "prove --stop-at 1 --last 2 -- true {{run}} {{stop}}"}
-WITHOUT_TORCH = {*VERBS, *ENDLESS, *WITHOUT_URL} - {"plan", "reshard", "diff"}
+WITHOUT_TORCH = {*VERBS, *ENDLESS, *WITHOUT_URL} - {"plan", "reshard", "export", "import", "diff"}
 
 
 def words(line, **places):
@@ -54,6 +56,10 @@ def options(s3):
 
 @pytest.fixture
 def new(tmp_path):
+    """Where a verb makes something; what it is to import lies beside."""
+    header = json.dumps({"a": {"dtype": "U8", "shape": [2], "data_offsets": [0, 2]}}).encode()
+    foreign = tmp_path / "new.safetensors"
+    foreign.write_bytes(len(header).to_bytes(8, "little") + header + b"ab")
     return tmp_path / "new"
 
 
@@ -83,13 +89,13 @@ def test_on_a_whole_run_on_s3_with_json(run, new, s3_server, bucket, call):
 def test_where_a_data_file_is_damaged(run, new, call):
     for path in run.glob("step-*/*/*-model-*"):
         flip(path, -1)
-    finds = {"verify", "cp", "reshard"}
+    finds = {"verify", "cp", "reshard", "export"}
     for verb, line in VERBS.items():
         code, out, err = call(*words(line, url=run, new=new))
         assert code == (1 if verb in finds else 0), verb
         if verb in finds:
             assert "-model-" in out + err, verb
-            assert "model.weight[0:4, 0:8]" in out + err or verb == "reshard", verb
+            assert "model.weight[0:4, 0:8]" in out + err or verb in {"reshard", "export"}, verb
         assert "Traceback" not in err, verb
 
 
@@ -104,8 +110,8 @@ def test_where_a_log_record_is_damaged(run, new, call):
 
 def test_where_there_is_no_run(tmp_path, new, call):
     for verb, line in {**VERBS, **ENDLESS}.items():
-        code, out, err = call(*words(line, url=tmp_path / "nothing", new=new))
-        if verb == "doctor":
+        code, out, err = call(*words(line, url=tmp_path / "nothing" / verb, new=new))
+        if verb in {"doctor", "import"}:
             assert code == 0
             continue
         assert (code, out) == (3, ""), verb
@@ -163,12 +169,10 @@ def test_waiting_for_an_endpoint_is_said(call):
     assert err.startswith("dcp-resume: storage is tried again")
 
 
-def test_ctrl_c_ends_every_verb_with_its_own_code(tmp_path):
+def test_ctrl_c_ends_every_verb_with_its_own_code(new):
     lines = {**VERBS, **ENDLESS}
     s3 = options({"endpoint_url": "{endpoint}", "key": "k", "secret": "s"})
-    calls = [
-        [*words(line, url="s3://bucket/run", new=tmp_path / "new"), *s3] for line in lines.values()
-    ]
+    calls = [[*words(line, url="s3://bucket/run", new=new), *s3] for line in lines.values()]
     for verb, (code, out, err) in zip(lines, call_verbs("interrupted", calls), strict=True):
         assert (code, out, err) == (130, "", "dcp-resume: interrupted\n"), verb
 
