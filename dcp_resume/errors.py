@@ -37,6 +37,11 @@
     │   │   └── ParentRetired                  a checkpoint that this one refers to was retired
     │   ├── CommitUnknown                      the commit's outcome could not be learned in time
     │   └── SaveInProgress                     a save is running and the policy is to refuse
+    ├── InteropError                           a checkpoint of another format, read or written
+    │   ├── ForeignFormat                      it is not of the format that was asked for, or none
+    │   ├── ForeignDamage                      it contradicts itself, or leads out of its place
+    │   ├── Unheld                             the target's format cannot hold part of the state
+    │   └── ExportMismatch                     what was exported does not read back as it was
     ├── RetireRefused                          the run or its policy still needs the checkpoint
     ├── Fenced                                 a newer incarnation of the run has opened the log
     ├── RunMismatch                            two different runs share one root
@@ -50,9 +55,8 @@ collectives carry exceptions between ranks that way.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from inspect import get_annotations
-from typing import Any
 
+from dcp_resume.error_facts import DcpResumeError
 from dcp_resume.problems import Problem
 
 __all__ = [
@@ -64,8 +68,12 @@ __all__ = [
     "DamageDisputed",
     "DcpResumeError",
     "DuplicateFqn",
+    "ExportMismatch",
     "Fenced",
+    "ForeignDamage",
+    "ForeignFormat",
     "IncompletePlan",
+    "InteropError",
     "InvalidCheckpoint",
     "InvalidDocument",
     "KeyExists",
@@ -94,52 +102,12 @@ __all__ = [
     "StorageUnavailable",
     "StoreNotShared",
     "TensorMismatch",
+    "Unheld",
     "UnsupportedFormat",
     "UnsupportedLeaf",
     "UnsupportedStore",
     "Untrusted",
 ]
-
-
-def _rebuild(kind: type[DcpResumeError], message: str, facts: dict[str, Any]) -> DcpResumeError:
-    return kind(message, **facts)
-
-
-class DcpResumeError(Exception):
-    """Base of every error of this library.
-
-    Args:
-        message: What failed, on which object, expected and found, and what to do.
-        facts: A value for each attribute that the class annotates; none more, none less.
-
-    Raises:
-        TypeError: A fact is missing or unknown (a bug at the raise site).
-    """
-
-    def __init__(self, message: str, **facts: Any) -> None:
-        super().__init__(message)
-        expected = self.fact_names()
-        if set(facts) != set(expected):
-            raise TypeError(f"{type(self).__name__} takes facts {expected}, got {sorted(facts)}")
-        self.message = message
-        self._facts = facts
-        for name, value in facts.items():
-            setattr(self, name, value)
-
-    @classmethod
-    def fact_names(cls) -> tuple[str, ...]:
-        """Names of the attributes that an instance carries, in order of declaration."""
-        names: dict[str, None] = {}
-        for base in reversed(cls.__mro__):
-            if issubclass(base, DcpResumeError):
-                names.update(dict.fromkeys(get_annotations(base)))
-        return tuple(names)
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return (_rebuild, (type(self), self.message, self._facts))
-
-    def __str__(self) -> str:
-        return self.message
 
 
 class ConfigurationError(DcpResumeError, ValueError):
@@ -356,6 +324,30 @@ class SaveInProgress(SaveError):
     """A save is still running and the policy is to refuse a second one."""
 
     running_step: int
+
+
+class InteropError(DcpResumeError):
+    """A checkpoint of another format could not be read or written; nothing was committed."""
+
+    url: str
+    """The foreign file or directory."""
+    problems: tuple[Problem, ...]
+
+
+class ForeignFormat(InteropError):
+    """What lies there is not of the format that was asked for, or of none that is known."""
+
+
+class ForeignDamage(InteropError):
+    """The foreign checkpoint contradicts itself, is cut short, or names what is outside of it."""
+
+
+class Unheld(InteropError):
+    """The target cannot hold part of the state, and the policy is to refuse."""
+
+
+class ExportMismatch(InteropError):
+    """What was exported does not read back bit for bit; it was not published."""
 
 
 class RetireRefused(DcpResumeError):

@@ -22,6 +22,7 @@ __all__ = [
     "CheckpointRetired",
     "CheckpointSkipped",
     "Event",
+    "FileWritten",
     "LitterRemoved",
     "LoadFinished",
     "NoticeSourceFailed",
@@ -33,9 +34,11 @@ __all__ = [
     "PreemptionNoticed",
     "RetentionFailed",
     "RunOpened",
+    "SaveAdvanced",
     "SaveFailed",
     "StepReached",
     "StorageRetried",
+    "TrainerBlocked",
     "VoteStoreLost",
     "emit",
     "subscribe",
@@ -82,6 +85,40 @@ class PhaseFinished(Event):
     rank: int
     duration_s: float
     num_bytes: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SaveAdvanced(Event):
+    """A save got further on this rank."""
+
+    milestone: str
+    """``planned``, ``staged`` (unless the save blocks, the trainer goes on), ``written`` (durably),
+    ``durable`` (every rank's, seen by the coordinator) or ``committed`` (known to this rank)."""
+    step: int
+    rank: int
+    elapsed_s: float
+    """Since ``save`` was called on this rank."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FileWritten(Event):
+    """The store has a data file of this rank, durably."""
+
+    key: str
+    num_bytes: int
+    duration_s: float
+    """In the store alone, retries included."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TrainerBlocked(Event):
+    """A call of ``save`` returned on this rank: so long did its trainer stand still."""
+
+    step: int
+    rank: int
+    duration_s: float
+    waited_s: float
+    """Of these, for an earlier save to end."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -51,6 +51,7 @@ from dcp_resume import (
 )
 from dcp_resume.data import ResumableLoader, ResumableSampler
 from dcp_resume.events import Event, StepReached, subscribe
+from dcp_resume.observe import SaveProgress
 
 
 class Trainer:
@@ -336,6 +337,7 @@ def main() -> None:
     if dist.get_rank() == 0:  # says how long each save took
         logging.basicConfig(format="%(message)s")
         logging.getLogger("dcp_resume").setLevel(logging.INFO)
+        subscribe(SaveProgress())  # draws on a terminal alone
     signal.signal(signal.SIGINT, interrupt)
     try:
         train(args)

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Callable, Mapping, Sequence
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Literal
 
 from dcp_resume.cli.exit_codes import EXIT_CODES_HELP
@@ -12,20 +14,26 @@ from dcp_resume.cli.keys import read_signing
 from dcp_resume.storage import ObjectStore, RetryPolicy, open_store
 
 if TYPE_CHECKING:
+    from dcp_resume.manifest.records import LogRecord
     from dcp_resume.session.run_log import RunLog
 
     Verbs = argparse._SubParsersAction[argparse.ArgumentParser]
 
 __all__ = [
+    "BRIEF",
     "PATIENT",
     "Request",
     "add_other_step",
     "add_plain_verb",
     "add_step",
+    "add_target_option",
     "add_verb",
     "add_yes",
+    "open_log",
+    "open_pair",
     "open_run",
     "open_url",
+    "opener",
     "read_pairs",
 ]
 
@@ -33,7 +41,7 @@ Request = int | str
 
 PATIENT = RetryPolicy()
 """For verbs that read or write for minutes: an outage must not undo them."""
-_BRIEF = RetryPolicy(deadline_s=30.0)
+BRIEF = RetryPolicy(deadline_s=30.0)
 """A person waits, and most often the URL is wrong."""
 
 
@@ -49,6 +57,13 @@ def add_verb(
         metavar="KEY=VALUE",
         help="option of the file system, such as endpoint_url=http://host:9000; the value may be "
         "JSON; may be repeated; local paths take none",
+    )
+    verb.add_argument(
+        "--deadline",
+        type=_read_seconds,
+        metavar="S",
+        help="seconds after which a request that storage does not answer is given up (default: 30; "
+        "120 where a verb reads or writes for minutes; 15 of doctor)",
     )
     verb.add_argument(
         "--keys",
@@ -75,7 +90,7 @@ def add_plain_verb(
     return verb
 
 
-def add_step(verb: argparse.ArgumentParser, *words: Literal["latest", "best", "all"]) -> None:
+def add_step(verb: argparse._ActionsContainer, *words: Literal["latest", "best", "all"]) -> None:
     """Add ``--step``: a number, one of ``words``, or a tag; ``latest`` is the default."""
     verb.add_argument(
         "--step",
@@ -140,34 +155,128 @@ def read_pairs(pairs: Sequence[str]) -> dict[str, Any]:
     return options
 
 
-def open_url(
-    url: str,
-    options: Mapping[str, Any],
-    *,
-    is_strict: bool = True,
-    retry: RetryPolicy = _BRIEF,
-) -> ObjectStore:
-    """Open the store of a URL.
+def add_target_option(verb: argparse.ArgumentParser, name: str) -> None:
+    """Add ``--target-storage-option``, for a verb with two URLs of which ``name`` is the second."""
+    verb.add_argument(
+        "--target-storage-option",
+        action="append",
+        metavar="KEY=VALUE",
+        help=f"option for {name}; without one --storage-option counts for both",
+    )
+
+
+def open_url(url: str, arguments: argparse.Namespace, *, retry: RetryPolicy = BRIEF) -> ObjectStore:
+    """Open the store of a URL by the options of the verb.
 
     Args:
         url: As the user wrote it.
-        options: Storage options.
-        is_strict: Whether options for a local path are an error; else they are meant for the
-            other URL of the same command.
-        retry: For transient faults.
+        arguments: Of the verb.
+        retry: For transient faults, if ``--deadline`` does not say otherwise.
 
     Raises:
         ConfigurationError: The URL or an option cannot work.
     """
-    is_local = "://" not in url or url.startswith("file://")
-    own = None if is_local and not is_strict else options
-    return open_store(url, storage_options=own, retry=retry)
+    options = read_pairs(arguments.storage_option)
+    return open_store(url, storage_options=options, retry=_retry(arguments, retry))
+
+
+def open_pair(
+    a: str, b: str, arguments: argparse.Namespace, *, retry: RetryPolicy = BRIEF
+) -> tuple[ObjectStore, ObjectStore]:
+    """Open the stores of two URLs; options count for both of them, except for local paths.
+
+    Raises:
+        ConfigurationError: A URL or an option cannot work, or there is no URL that an option could
+            be for.
+    """
+    others = getattr(arguments, "target_storage_option", None)
+    if others is None:
+        opened = opener(a, b, arguments, retry=retry)
+        return opened(a), opened(b)
+    first = open_url(a, arguments, retry=retry)
+    second = read_pairs(others)
+    return first, open_store(b, storage_options=second, retry=_retry(arguments, retry))
+
+
+def opener(
+    a: str, b: str, arguments: argparse.Namespace, *, retry: RetryPolicy = BRIEF
+) -> Callable[[str], ObjectStore]:
+    """Opens two URLs, and others beside them; options count for all that are not local.
+
+    What it returns raises ConfigurationError where a URL or an option cannot work, or where both
+    URLs are local, so that an option would be for nobody.
+    """
+    own = read_pairs(arguments.storage_option)
+    policy = _retry(arguments, retry)
+    are_local = _is_local(a) and _is_local(b)
+
+    def opened(url: str) -> ObjectStore:
+        options = None if _is_local(url) and not are_local else own
+        return open_store(url, storage_options=options, retry=policy)
+
+    return opened
+
+
+def _is_local(url: str) -> bool:
+    return "://" not in url or url.startswith("file://")
+
+
+def _retry(arguments: argparse.Namespace, retry: RetryPolicy) -> RetryPolicy:
+    deadline_s = arguments.deadline
+    return retry if deadline_s is None else replace(retry, deadline_s=deadline_s)
+
+
+def _read_seconds(text: str) -> float:
+    try:
+        seconds = float(text)
+    except ValueError:
+        seconds = math.nan
+    if not 0 < seconds < math.inf:
+        raise argparse.ArgumentTypeError(f"expected a number of seconds above 0, got {text!r}")
+    return seconds
+
+
+def open_log(
+    store: ObjectStore,
+    arguments: argparse.Namespace,
+    *,
+    run: str | None = None,
+    heard: Callable[[int, LogRecord], object] = lambda seq, record: None,
+) -> RunLog:
+    """The log of a run, of which nothing is read yet.
+
+    Args:
+        store: Root of the run.
+        arguments: Of the verb; ``--deadline`` counts for the append of a record too.
+        run: UUID that the log must belong to; None for any.
+        heard: Called with each record of the log.
+
+    Raises:
+        ConfigurationError: The file of keys cannot be used.
+    """
+    from dcp_resume.session.run_log import RunLog
+
+    return RunLog(
+        store,
+        run=run,
+        signing=read_signing(arguments),
+        heard=heard,
+        deadline_s=arguments.deadline or PATIENT.deadline_s,
+    )
 
 
 def open_run(
-    arguments: argparse.Namespace, *, retry: RetryPolicy = _BRIEF
+    arguments: argparse.Namespace,
+    *,
+    retry: RetryPolicy = BRIEF,
+    heard: Callable[[int, LogRecord], object] = lambda seq, record: None,
 ) -> tuple[ObjectStore, RunLog]:
-    """Open the run that ``url`` and ``storage_option`` name, and read its log.
+    """Open the run that ``url`` names, and read its log.
+
+    Args:
+        arguments: Of the verb.
+        retry: For transient faults, if ``--deadline`` does not say otherwise.
+        heard: Called with each record of the log.
 
     Raises:
         CheckpointNotFound: It has no log.
@@ -176,10 +285,9 @@ def open_run(
         StorageError: The store failed.
     """
     from dcp_resume.errors import CheckpointNotFound
-    from dcp_resume.session.run_log import RunLog
 
-    store = open_url(arguments.url, read_pairs(arguments.storage_option), retry=retry)
-    log = RunLog(store, signing=read_signing(arguments))
+    store = open_url(arguments.url, arguments, retry=retry)
+    log = open_log(store, arguments, heard=heard)
     if not log.refresh().last_seq:
         raise CheckpointNotFound(
             f"{store.url} is no run: it has no log. A single checkpoint's directory is shown by "

@@ -7,10 +7,11 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from typing import TYPE_CHECKING
 
-from dcp_resume.cli.arguments import add_other_step, add_step, add_verb, open_url, read_pairs
+from dcp_resume.cli.arguments import add_other_step, add_step, add_verb, open_pair
 from dcp_resume.cli.exit_codes import ExitCode
 from dcp_resume.cli.keys import read_signing
-from dcp_resume.cli.printing import ProgressLine, print_json, print_table, size_text
+from dcp_resume.cli.printing import print_json, print_table, size_text
+from dcp_resume.cli.progress import ProgressLine
 
 if TYPE_CHECKING:
     from dcp_resume.cli.arguments import Verbs
@@ -71,11 +72,10 @@ def _run(arguments: argparse.Namespace) -> int:
     from dcp_resume.session.difference import DiffOptions, compare_checkpoints
     from dcp_resume.session.side import open_side
 
-    options = read_pairs(arguments.storage_option)
     other = arguments.step if arguments.other_step is None else arguments.other_step
     trust = read_signing(arguments).trust
-    a = open_side(open_url(arguments.a, options, is_strict=False), arguments.step, trust)
-    b = open_side(open_url(arguments.b, options, is_strict=False), other, trust)
+    stores = open_pair(arguments.a, arguments.b, arguments)
+    a, b = open_side(stores[0], arguments.step, trust), open_side(stores[1], other, trust)
     progress = ProgressLine("comparing")
     try:
         difference = compare_checkpoints(

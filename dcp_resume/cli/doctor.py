@@ -6,7 +6,7 @@ import argparse
 import re
 from typing import TYPE_CHECKING
 
-from dcp_resume.cli.arguments import add_verb, open_url, read_pairs
+from dcp_resume.cli.arguments import add_verb, open_url
 from dcp_resume.cli.exit_codes import ExitCode
 from dcp_resume.cli.keys import read_signing
 from dcp_resume.cli.printing import print_json, print_table
@@ -69,7 +69,7 @@ def _run(arguments: argparse.Namespace) -> int:
     from dcp_resume.session.preflight import Need, run_preflight
     from dcp_resume.session.votes import LonelyVotes
 
-    store = open_url(arguments.url, read_pairs(arguments.storage_option), retry=_IMPATIENT)
+    store = open_url(arguments.url, arguments, retry=_IMPATIENT)
     need = Need(checkpoint_bytes=arguments.size, num_kept=arguments.keep)
     report = run_preflight(store, LonelyVotes(), need, read_signing(arguments))
     if arguments.json:

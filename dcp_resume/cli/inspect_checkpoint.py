@@ -5,10 +5,11 @@ from __future__ import annotations
 import argparse
 import json
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from itertools import groupby
 from typing import TYPE_CHECKING, Any
 
-from dcp_resume.cli.arguments import add_step, add_verb, open_url, read_pairs
+from dcp_resume.cli.arguments import add_step, add_verb, open_url
 from dcp_resume.cli.keys import read_signing
 from dcp_resume.cli.printing import print_json, print_table, size_text
 
@@ -20,13 +21,15 @@ if TYPE_CHECKING:
 __all__ = ["add_parser"]
 
 _DESCRIPTION = """\
-Show one checkpoint: topology, trainer state, parts, and with --tensors every tensor. Manifest,
+Show one checkpoint: topology, trainer state, parts, and with --tensors a tree of all tensors, with
+dtype, kind, shape, placements and size; --depth N sums up what lies deeper. Manifest,
 catalog and index are read and proved; no data file is opened. URL is a run, or the directory of a
 single checkpoint that was copied without the run's log.
 """
 _EXAMPLES = """\
   dcp-resume inspect runs/a
   dcp-resume inspect runs/a --step 400 --tensors
+  dcp-resume inspect runs/a --depth 2
   dcp-resume inspect /backup/step-00000400/k3v9 --json
 """
 
@@ -45,6 +48,12 @@ def add_parser(verbs: Verbs) -> None:
     verb.add_argument("url", help="root of the run, or a checkpoint's directory")
     add_step(verb, "latest", "best")
     verb.add_argument("--tensors", action="store_true", help="list every tensor")
+    verb.add_argument(
+        "--depth",
+        type=_read_depth,
+        metavar="N",
+        help="list tensors down to N names below the root, summed up there (default: all)",
+    )
     verb.set_defaults(run=_run)
 
 
@@ -52,12 +61,13 @@ def _run(arguments: argparse.Namespace) -> int:
     from dcp_resume.session.finding import find_checkpoints
     from dcp_resume.session.opening import open_checkpoint
 
-    store = open_url(arguments.url, read_pairs(arguments.storage_option))
+    store = open_url(arguments.url, arguments)
     trust = read_signing(arguments).trust
     (located,) = find_checkpoints(store, arguments.step, trust)
     opened = open_checkpoint(store, located.prefix, located.manifest, trust=trust, is_listed=False)
+    is_full = arguments.tensors or arguments.depth is not None
     if arguments.json:
-        print_json(_document(opened, is_full=arguments.tensors))
+        print_json(_document(opened, is_full=is_full))
         return 0
     for name, value in _lines(opened.manifest):
         print(f"{name:<12} {value}")
@@ -67,11 +77,17 @@ def _run(arguments: argparse.Namespace) -> int:
         for name, part in opened.manifest.parts.items()
     ]
     print_table(("part", "tensors", "values", "size"), parts, left=1)
-    if arguments.tensors:
+    if is_full:
         print()
         columns = ("tensor", "dtype", "kind", "shape", "placements", "size")
-        print_table(columns, [_row(entry) for entry in opened.catalog.tensors], left=3)
+        print_table(columns, list(_tree(opened.catalog.tensors, arguments.depth)), left=3)
     return 0
+
+
+def _read_depth(text: str) -> int:
+    if not text.isdecimal() or int(text) == 0:
+        raise argparse.ArgumentTypeError(f"expected a number of 1 or more, got {text!r}")
+    return int(text)
 
 
 def _document(opened: OpenedCheckpoint, *, is_full: bool) -> dict[str, Any]:
@@ -124,16 +140,46 @@ def _mesh_text(mesh: MeshEntry) -> str:
     return f"{mesh.id}: {axes} on ranks {shown}" + (f" and {more} more" if more > 0 else "")
 
 
-def _row(entry: TensorEntry) -> list[str]:
-    from dcp_resume.format.dtypes import ITEMSIZES
+def _tree(entries: Sequence[TensorEntry], depth: int | None, level: int = 0) -> Iterator[list[str]]:
+    """Rows of the entries that share their first ``level`` names, indented by level."""
+    for name, group in groupby(_sorted(entries), key=lambda entry: _names(entry)[level]):
+        branch = list(group)
+        leaves = [entry for entry in branch if len(_names(entry)) == level + 1]
+        label = "  " * level + name
+        for entry in leaves:
+            yield [label, *_cells(entry)]
+        deeper = [entry for entry in branch if len(_names(entry)) > level + 1]
+        if deeper:
+            size = size_text(sum(map(_num_bytes, deeper)))
+            yield [label, "", f"{len(deeper)} tensor(s)", "", "", size]
+            if depth is None or level + 1 < depth:
+                yield from _tree(deeper, depth, level + 1)
 
-    kind = f"alias of {entry.alias_of}" if entry.alias_of else entry.kind
-    num_bytes = 0 if entry.alias_of else math.prod(entry.global_shape) * ITEMSIZES[entry.dtype]
+
+def _names(entry: TensorEntry) -> list[str]:
+    return entry.fqn.split(".")
+
+
+def _sorted(entries: Sequence[TensorEntry]) -> list[TensorEntry]:
+    """In the order of names, layers by their number."""
+    return sorted(
+        entries,
+        key=lambda e: [(n.isdecimal(), int(n) if n.isdecimal() else 0, n) for n in _names(e)],
+    )
+
+
+def _cells(entry: TensorEntry) -> list[str]:
     return [
-        entry.fqn,
         entry.dtype,
-        kind,
+        f"alias of {entry.alias_of}" if entry.alias_of else entry.kind,
         ", ".join(map(str, entry.global_shape)) or "scalar",
         " ".join(entry.placements or ("-",)),
-        size_text(num_bytes),
+        size_text(_num_bytes(entry)),
     ]
+
+
+def _num_bytes(entry: TensorEntry) -> int:
+    """Bytes of its own; an alias has none."""
+    from dcp_resume.format.dtypes import ITEMSIZES
+
+    return 0 if entry.alias_of else math.prod(entry.global_shape) * ITEMSIZES[entry.dtype]

@@ -14,7 +14,7 @@ from dcp_resume.errors import ConfigurationError
 if TYPE_CHECKING:
     from dcp_resume.manager.policies import RetentionPolicy
 
-__all__ = ["add_keep_options", "read_duration", "read_policy"]
+__all__ = ["add_keep_options", "is_policy_given", "read_duration", "read_policy"]
 
 
 _UNITS_S = {"s": 1.0, "m": 60.0, "h": 3600.0, "d": 86_400.0, "w": 604_800.0}
@@ -44,6 +44,11 @@ def add_keep_options(verb: argparse.ArgumentParser) -> None:
         "--keep-one-per", type=read_duration, metavar="TIME", help="the youngest of each TIME"
     )
     group.add_argument("--keep-tagged", action="store_true", help="those that have a tag")
+
+
+def is_policy_given(arguments: argparse.Namespace) -> bool:
+    """Whether any option says what to keep."""
+    return any(value for name, value in vars(arguments).items() if name.startswith("keep_"))
 
 
 def read_policy(arguments: argparse.Namespace) -> RetentionPolicy:

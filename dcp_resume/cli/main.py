@@ -9,16 +9,17 @@ import traceback
 from collections.abc import Sequence
 
 from dcp_resume.cli.exit_codes import EXIT_CODES_HELP, ExitCode, exit_code_of
-from dcp_resume.cli.printing import RetryNotes, print_json
+from dcp_resume.cli.printing import print_json
+from dcp_resume.cli.progress import RetryNotes
 from dcp_resume.errors import DcpResumeError
 from dcp_resume.events import subscribe
 
 __all__ = ["main"]
 
 _DESCRIPTION = """\
-Look at, verify, compare, reshard and prune the checkpoints of a training run, and prove that it
-resumes. URL is a path, file://, s3://bucket/… or another URL that fsspec knows; credentials come
-from the environment, as for any AWS client.
+Look at, verify, compare, copy, reshard, export, import and prune the checkpoints of a training run,
+and prove that it resumes. URL is a path, file://, s3://bucket/… or another URL that fsspec knows;
+credentials come from the environment, as for any AWS client.
 """
 _EPILOG = f"""\
 examples:
@@ -69,17 +70,24 @@ def _parser() -> argparse.ArgumentParser:
     from dcp_resume.cli import (
         collect_litter,
         compare_loss,
+        complete_shell,
+        copy_checkpoints,
         diff_checkpoints,
         doctor,
+        export_checkpoint,
+        import_checkpoint,
         inspect_checkpoint,
         list_run,
         mark_checkpoint,
         materialize_checkpoint,
+        plan_reads,
         prove_resume,
         prune_run,
         quarantine_checkpoint,
+        report_run,
         reshard_checkpoint,
         verify_checkpoint,
+        watch_run,
     )
 
     parser = argparse.ArgumentParser(
@@ -91,13 +99,19 @@ def _parser() -> argparse.ArgumentParser:
     verbs = parser.add_subparsers(title="verbs", metavar="VERB", required=True)
     for module in (
         list_run,
+        watch_run,
         inspect_checkpoint,
         verify_checkpoint,
+        plan_reads,
+        copy_checkpoints,
         reshard_checkpoint,
         materialize_checkpoint,
+        export_checkpoint,
+        import_checkpoint,
         diff_checkpoints,
         prove_resume,
         compare_loss,
+        report_run,
         prune_run,
         mark_checkpoint,
         quarantine_checkpoint,
@@ -105,6 +119,7 @@ def _parser() -> argparse.ArgumentParser:
         doctor,
     ):
         module.add_parser(verbs)
+    complete_shell.add_parser(verbs, parser)
     return parser
 
 

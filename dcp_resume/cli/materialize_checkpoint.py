@@ -6,9 +6,10 @@ import argparse
 from dataclasses import asdict
 from typing import TYPE_CHECKING
 
-from dcp_resume.cli.arguments import PATIENT, add_step, add_verb, open_url, read_pairs
+from dcp_resume.cli.arguments import PATIENT, add_step, add_verb, open_pair
 from dcp_resume.cli.keys import read_signing
-from dcp_resume.cli.printing import ProgressLine, print_json, size_text
+from dcp_resume.cli.printing import print_json, size_text
+from dcp_resume.cli.progress import ProgressLine
 
 if TYPE_CHECKING:
     from dcp_resume.cli.arguments import Verbs
@@ -51,11 +52,8 @@ def _run(arguments: argparse.Namespace) -> int:
     from dcp_resume.session.finding import find_checkpoints
     from dcp_resume.session.materialize import MaterializeOptions, materialize
 
-    pairs = read_pairs(arguments.storage_option)
-    is_strict = arguments.into is None
-    source = open_url(arguments.url, pairs, is_strict=is_strict, retry=PATIENT)
     into = arguments.into or arguments.url
-    target = open_url(into, pairs, is_strict=is_strict, retry=PATIENT)
+    source, target = open_pair(arguments.url, into, arguments, retry=PATIENT)
     signing = read_signing(arguments)
     progress = ProgressLine("materializing")
     options = MaterializeOptions(

@@ -1,19 +1,15 @@
-"""Tables, sizes, JSON and progress, for people and for programs."""
+"""Tables, sizes and JSON, for people and for programs."""
 
 from __future__ import annotations
 
 import json
 import math
 import sys
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
-from dcp_resume.events import Event, StorageRetried
-
 __all__ = [
-    "ProgressLine",
-    "RetryNotes",
+    "duration_text",
     "print_json",
     "print_table",
     "size_text",
@@ -35,6 +31,22 @@ def size_text(num_bytes: float) -> str:
             return f"{num_bytes:.0f} {unit}" if unit == "B" else f"{num_bytes:.1f} {unit}"
         num_bytes /= 1024
     return f"{num_bytes:.1f} TiB"
+
+
+def duration_text(duration_s: float) -> str:
+    """Seconds for people.
+
+    >>> [duration_text(s) for s in (2.04, 75, 7260, 180000)]
+    ['2.0 s', '1 min 15 s', '2 h 01 min', '2 d 2 h']
+    """
+    if duration_s < 60:
+        return f"{duration_s:.1f} s"
+    minutes, seconds = divmod(round(duration_s), 60)
+    hours, minutes = divmod(minutes, 60)
+    days, hours = divmod(hours, 24)
+    if days:
+        return f"{days} d {hours} h"
+    return f"{hours} h {minutes:02d} min" if hours else f"{minutes} min {seconds:02d} s"
 
 
 def without_infinities(value: Any) -> Any:
@@ -91,54 +103,3 @@ def _print_rich(columns: Sequence[str], rows: Sequence[Sequence[str]], left: int
         table.add_row(*map(Text, row))
     Console().print(table)
     return True
-
-
-class RetryNotes:
-    """Says on stderr that storage is tried again, so that nobody waits in the dark.
-
-    Args:
-        clock: Monotonic seconds.
-    """
-
-    _EVERY_S = 5.0
-
-    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
-        self._clock = clock
-        self._next = -math.inf
-
-    def __call__(self, event: Event) -> None:
-        """Say so at the first retry, and every few seconds."""
-        if not isinstance(event, StorageRetried) or self._clock() < self._next:
-            return
-        self._next = self._clock() + self._EVERY_S
-        what = f"{event.key!r}: " if event.key else ""
-        note = f"dcp-resume: storage is tried again, {what}{event.reason}"
-        print(note, file=sys.stderr, flush=True)
-
-
-class ProgressLine:
-    """One line on the terminal that says how far it is; nothing where stderr is no terminal."""
-
-    _EVERY_S = 0.2
-
-    def __init__(self, verb: str) -> None:
-        self._verb = verb
-        self._is_shown = sys.stderr.isatty()
-        self._started = time.monotonic()
-        self._next = 0.0
-
-    def __call__(self, done: int, total: int) -> None:
-        """Say that ``done`` of ``total`` bytes are done."""
-        now = time.monotonic()
-        if not self._is_shown or (now < self._next and done < total):
-            return
-        self._next = now + self._EVERY_S
-        rate = size_text(done / max(now - self._started, 1e-9))
-        share = f"{100 * done / max(total, 1):3.0f}%"
-        line = f"\r{self._verb} {share} of {size_text(total)}, {rate}/s\x1b[K"
-        print(line, end="", file=sys.stderr, flush=True)
-
-    def close(self) -> None:
-        """Clear the line."""
-        if self._is_shown:
-            print("\r\x1b[K", end="", file=sys.stderr, flush=True)

@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 import argparse
-import json
-from pathlib import Path
 from typing import TYPE_CHECKING
 
-from dcp_resume.cli.arguments import PATIENT, add_step, add_verb, open_url, read_pairs
+from dcp_resume.cli.arguments import PATIENT, add_step, add_target_option, add_verb, open_pair
 from dcp_resume.cli.keys import read_signing
-from dcp_resume.cli.printing import ProgressLine, print_json, size_text
-from dcp_resume.errors import ConfigurationError
+from dcp_resume.cli.layout_file import read_layout
+from dcp_resume.cli.printing import print_json, size_text
+from dcp_resume.cli.progress import ProgressLine
 
 if TYPE_CHECKING:
     from dcp_resume.cli.arguments import Verbs
-    from dcp_resume.planning.layout_rules import LayoutRules
     from dcp_resume.session.reshard import ReshardResult
 
 __all__ = ["add_parser"]
@@ -65,12 +63,7 @@ def add_parser(verbs: Verbs) -> None:
     verb.add_argument(
         "--window-mib", type=int, default=64, metavar="MIB", help="memory in transit (default: 64)"
     )
-    verb.add_argument(
-        "--target-storage-option",
-        action="append",
-        metavar="KEY=VALUE",
-        help="option for DST; without one --storage-option counts for both",
-    )
+    add_target_option(verb, "DST")
     verb.set_defaults(run=_run)
 
 
@@ -79,16 +72,8 @@ def _run(arguments: argparse.Namespace) -> int:
     from dcp_resume.session.finding import find_checkpoints
     from dcp_resume.session.reshard import ReshardOptions, reshard
 
-    mesh, rules = TargetMesh.parse(arguments.to), _read_layout(arguments.layout)
-    own = read_pairs(arguments.storage_option)
-    others = arguments.target_storage_option
-    source = open_url(arguments.source, own, is_strict=others is not None, retry=PATIENT)
-    target = open_url(
-        arguments.target,
-        own if others is None else read_pairs(others),
-        is_strict=others is not None,
-        retry=PATIENT,
-    )
+    mesh, rules = TargetMesh.parse(arguments.to), read_layout(arguments.layout)
+    source, target = open_pair(arguments.source, arguments.target, arguments, retry=PATIENT)
     signing = read_signing(arguments)
     progress = ProgressLine("resharding")
     options = ReshardOptions(
@@ -109,20 +94,6 @@ def _run(arguments: argparse.Namespace) -> int:
     else:
         _print(result, target.url, str(mesh))
     return 0
-
-
-def _read_layout(path: str | None) -> LayoutRules:
-    from dcp_resume.planning.layout_rules import LayoutRules
-
-    if path is None:
-        return LayoutRules()
-    try:
-        document = json.loads(Path(path).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ConfigurationError(
-            f"cannot read the layout {path!r}: {error}", option="layout"
-        ) from error
-    return LayoutRules.from_document(document)
 
 
 def _document(result: ReshardResult) -> dict[str, object]:

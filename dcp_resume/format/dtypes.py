@@ -9,11 +9,12 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
-
-import torch
-from torch.distributed.tensor import DTensor
+from typing import TYPE_CHECKING
 
 from dcp_resume.errors import Problem
+
+if TYPE_CHECKING:
+    import torch
 
 __all__ = ["DTYPES", "ITEMSIZES", "DtypeInfo", "check_tensor", "dtype_info"]
 
@@ -27,7 +28,6 @@ class DtypeInfo:
 
     name: str
     """Name in torch, without the prefix."""
-    torch_dtype: torch.dtype
     itemsize: int
     """Bytes of one element of the tensor."""
     safetensors_name: str | None
@@ -37,52 +37,54 @@ class DtypeInfo:
     """Whether torch's HuggingFaceStorageReader can read it. One code that it does not know would
     break the load of the whole directory, so other types go to ``.part`` files."""
 
+    @property
+    def torch_dtype(self) -> torch.dtype:
+        """The type itself; the only thing here that loads torch."""
+        import torch
 
-_CODES: dict[torch.dtype, str] = {
-    torch.float64: "F64",
-    torch.float32: "F32",
-    torch.float16: "F16",
-    torch.bfloat16: "BF16",
-    torch.int64: "I64",
-    torch.int32: "I32",
-    torch.int16: "I16",
-    torch.int8: "I8",
-    torch.uint64: "U64",
-    torch.uint32: "U32",
-    torch.uint16: "U16",
-    torch.uint8: "U8",
-    torch.bool: "BOOL",
-    torch.complex64: "C64",
-    torch.float8_e4m3fn: "F8_E4M3",
-    torch.float8_e5m2: "F8_E5M2",
-    torch.float8_e4m3fnuz: "F8_E4M3FNUZ",
-    torch.float8_e5m2fnuz: "F8_E5M2FNUZ",
-    torch.float8_e8m0fnu: "F8_E8M0",
+        dtype: torch.dtype = getattr(torch, self.name)
+        return dtype
+
+
+_CODES = {
+    "float64": ("F64", 8),
+    "float32": ("F32", 4),
+    "float16": ("F16", 2),
+    "bfloat16": ("BF16", 2),
+    "int64": ("I64", 8),
+    "int32": ("I32", 4),
+    "int16": ("I16", 2),
+    "int8": ("I8", 1),
+    "uint64": ("U64", 8),
+    "uint32": ("U32", 4),
+    "uint16": ("U16", 2),
+    "uint8": ("U8", 1),
+    "bool": ("BOOL", 1),
+    "complex64": ("C64", 8),
+    "float8_e4m3fn": ("F8_E4M3", 1),
+    "float8_e5m2": ("F8_E5M2", 1),
+    "float8_e4m3fnuz": ("F8_E4M3FNUZ", 1),
+    "float8_e5m2fnuz": ("F8_E5M2FNUZ", 1),
+    "float8_e8m0fnu": ("F8_E8M0", 1),
 }
-_AS_BYTES = (
-    torch.complex128,
-    torch.complex32,
+"""Name → code in a header, bytes of an element."""
+_AS_BYTES = {
+    "complex128": 16,
+    "complex32": 4,
     # Its code F4 counts half-bytes: shapes and offsets would be doubled, and 0-d has no last
     # dimension to double.
-    torch.float4_e2m1fn_x2,
-)
-_NOT_STOCK = {torch.float8_e8m0fnu, *_AS_BYTES}
-
-
-def _short_name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
+    "float4_e2m1fn_x2": 1,
+}
+_NOT_STOCK = {"float8_e8m0fnu", *_AS_BYTES}
 
 
 DTYPES: Mapping[str, DtypeInfo] = MappingProxyType(
     {
-        _short_name(dtype): DtypeInfo(
-            _short_name(dtype),
-            dtype,
-            dtype.itemsize,
-            _CODES.get(dtype),
-            dtype not in _NOT_STOCK,
-        )
-        for dtype in (*_CODES, *_AS_BYTES)
+        **{
+            name: DtypeInfo(name, itemsize, code, name not in _NOT_STOCK)
+            for name, (code, itemsize) in _CODES.items()
+        },
+        **{name: DtypeInfo(name, itemsize, None, False) for name, itemsize in _AS_BYTES.items()},
     }
 )
 """Every element type that can be stored, by name."""
@@ -91,6 +93,10 @@ ITEMSIZES: Mapping[str, int] = MappingProxyType(
     {name: info.itemsize for name, info in DTYPES.items()}
 )
 """Bytes of one element, by name."""
+
+
+def _short_name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
 
 
 def dtype_info(dtype: torch.dtype) -> DtypeInfo:
@@ -119,6 +125,9 @@ def check_tensor(tensor: torch.Tensor, fqn: str) -> Problem | None:
         None where it can be stored; else a problem of kind ``name``, ``tensor_type``, ``layout``,
         ``device`` or ``dtype`` that ends with the remedy.
     """
+    import torch
+    from torch.distributed.tensor import DTensor
+
     if fqn == RESERVED_KEY:
         return Problem(fqn, "name", "the name is reserved by safetensors; rename the tensor")
     if type(tensor) is DTensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import Collection, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
@@ -10,7 +11,7 @@ from types import MappingProxyType, TracebackType
 from typing import Any, Self
 
 from dcp_resume.errors import ConfigurationError
-from dcp_resume.events import SaveFailed, emit
+from dcp_resume.events import SaveFailed, TrainerBlocked, emit
 from dcp_resume.manager.choosing import Request, find_commit, resume_source
 from dcp_resume.manager.facts import collect_facts
 from dcp_resume.manager.loading import load_located
@@ -26,7 +27,8 @@ from dcp_resume.manifest.models import TrainerFacts
 from dcp_resume.session.attempt import Run
 from dcp_resume.session.copies import AtOnce
 from dcp_resume.session.documents import Facts
-from dcp_resume.session.load import LoadOptions, LoadResult, Located, locate
+from dcp_resume.session.load import LoadOptions, LoadResult, locate
+from dcp_resume.session.located import Located
 from dcp_resume.session.ownership import own_run
 from dcp_resume.session.plan_memory import PlanMemory
 from dcp_resume.session.quarantining import Damage, give_up
@@ -143,10 +145,12 @@ class CheckpointManager:
             SaveError: This save, or an earlier one in the background, did not commit.
             StorageError: The store failed on the coordinator.
         """
+        called = time.monotonic()
         if step < 0:
             raise ConfigurationError(f"step must not be negative, got {step}", option="step")
         chosen = choose_state(state, self.settings.save_optimizer_state)
         self._finish_previous(step)
+        waited_s = time.monotonic() - called
         if self._run is None:
             self._own(lambda history: self._loaded_seq)
         assert self._run is not None
@@ -184,6 +188,9 @@ class CheckpointManager:
             for bound in bounds:
                 bound.undo()
         self._pending = PendingSave(step, future, copies)
+        blocked_s = time.monotonic() - called
+        rank = self._ranks.rank
+        emit(TrainerBlocked(step=step, rank=rank, duration_s=blocked_s, waited_s=waited_s))
         return self._pending
 
     @property

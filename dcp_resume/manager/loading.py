@@ -24,7 +24,8 @@ from dcp_resume.planning.declarations import Declarations
 from dcp_resume.planning.state import LocalState, describe_state
 from dcp_resume.planning.ties import Ties
 from dcp_resume.session.documents import Facts
-from dcp_resume.session.load import LoadOptions, LoadResult, LoadSession, Located
+from dcp_resume.session.load import LoadOptions, LoadResult, LoadSession
+from dcp_resume.session.located import Located
 from dcp_resume.session.opening import OpenedCheckpoint
 from dcp_resume.session.plan_memory import PlanMemory
 from dcp_resume.session.votes import Votes

@@ -6,7 +6,8 @@ from collections.abc import Callable, Collection
 
 from dcp_resume.errors import InvalidCheckpoint, LoadRefused, PartialLoad, UnsupportedFormat
 from dcp_resume.manager.choosing import Request, uncovered
-from dcp_resume.session.load import LoadResult, Located
+from dcp_resume.session.load import LoadResult
+from dcp_resume.session.located import Located
 from dcp_resume.session.quarantining import Damage
 
 __all__ = ["load_newest_whole"]

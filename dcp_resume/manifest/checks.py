@@ -28,6 +28,7 @@ from dcp_resume.manifest.models import (
     FileEntry,
     Manifest,
     MeshEntry,
+    RankTimes,
     TensorEntry,
 )
 from dcp_resume.manifest.wire import MAX_CATALOG_BYTES, MAX_INDEX_BYTES
@@ -116,6 +117,8 @@ def catalog_problems(
         yield from _file_problems(where, file, own_base)
         yield from _digest_problem(f"{where}.digest", file.digest, manifest.digest.algorithm)
     yield from _same_file_problems(catalog.files)
+    if catalog.rank_times is not None:
+        yield from _rank_times_problems(catalog.rank_times, manifest.topology.world_size)
 
 
 def name_problems(fqns: Iterable[str], where: str) -> Iterator[Problem]:
@@ -201,6 +204,14 @@ def _rank_problems(
     if max(ranks, default=0) >= world_size:
         message = f"expected ranks below {world_size}, found {max(ranks)}"
         yield Problem(f"{where}.ranks", "range", message)
+
+
+def _rank_times_problems(times: RankTimes, world_size: int) -> Iterator[Problem]:
+    for name in ("planned_s", "staged_s", "written_s"):
+        found = len(getattr(times, name))
+        if found != world_size:
+            message = f"expected one time for each of {world_size} ranks, found {found}"
+            yield Problem(f"{CATALOG_NAME}:rank_times.{name}", "rank_times", message)
 
 
 def _count_problems(manifest: Manifest, catalog: Catalog) -> Iterator[Problem]:

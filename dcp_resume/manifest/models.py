@@ -26,6 +26,7 @@ __all__ = [
     "MeshEntry",
     "Padding",
     "PartSummary",
+    "RankTimes",
     "Segment",
     "Software",
     "TensorDigest",
@@ -317,6 +318,20 @@ class FileEntry(Document):
     encoding: Literal["none"] = "none"
 
 
+Seconds = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+
+
+class RankTimes(Document):
+    """When each rank of a save got how far: seconds from its own call of ``save``, by rank."""
+
+    planned_s: tuple[Seconds, ...] = Field(strict=False)
+    """The ranks agreed on the plan. All learn it at once: who called last waited least."""
+    staged_s: tuple[Seconds, ...] = Field(strict=False)
+    """Its state was copied, and its trainer went on."""
+    written_s: tuple[Seconds, ...] = Field(strict=False)
+    """Its files were durable."""
+
+
 class Catalog(Document):
     """``catalog.json``: the tables of tensors and files; O(tensors + files)."""
 
@@ -325,3 +340,5 @@ class Catalog(Document):
     """The chunk index refers to tensors by position."""
     files: tuple[FileEntry, ...] = Field(strict=False)
     """The chunk index refers to files by position."""
+    rank_times: RankTimes | None = None
+    """Null where they were not measured; for people, a load does not use them."""

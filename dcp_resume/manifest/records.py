@@ -10,7 +10,14 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, TypeAdapter
 
-from dcp_resume.manifest.models import Count, Document, DocumentRef, FormatMark, TrainerFacts
+from dcp_resume.manifest.models import (
+    Count,
+    Document,
+    DocumentRef,
+    FormatMark,
+    Seconds,
+    TrainerFacts,
+)
 
 __all__ = [
     "CommitRecord",
@@ -20,6 +27,7 @@ __all__ = [
     "PinRecord",
     "QuarantineRecord",
     "RetireRecord",
+    "SaveTimes",
     "TagRecord",
     "UnpinRecord",
     "UnquarantineRecord",
@@ -64,6 +72,21 @@ class OpenRecord(Record):
     """Random id, so that a writer whose answer was lost recognises its own record."""
 
 
+class SaveTimes(Document):
+    """When a save got how far: seconds from the coordinator's call of ``save``."""
+
+    staged_s: Seconds
+    """Every rank had collected its state: copied it, unless the save is a blocking one."""
+    written_s: Seconds
+    """Every rank had written its files."""
+    durable_s: Seconds
+    """The coordinator saw every file at its size."""
+    committed_s: Seconds
+    """The commit record was made; its append is the commit."""
+    blocked_s: Seconds
+    """Trainers stood still for so long: until ``staged_s``, of a blocking save the commit."""
+
+
 class CommitRecord(Record):
     """An attempt becomes a checkpoint."""
 
@@ -79,6 +102,8 @@ class CommitRecord(Record):
     """Log numbers of the commits whose files this checkpoint refers to."""
     num_bytes: Count
     trainer: TrainerFacts
+    times: SaveTimes | None = None
+    """Null where they were not measured; for people."""
 
 
 class RetireRecord(Record):

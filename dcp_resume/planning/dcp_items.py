@@ -10,12 +10,12 @@ from dcp_resume.format.dtypes import dtype_info
 from dcp_resume.format.leaves import pack_leaves
 from dcp_resume.manifest.boxes import Box
 from dcp_resume.manifest.models import TensorEntry
+from dcp_resume.planning.box_rows import pad_boxes
 from dcp_resume.planning.plans import (
     LocalPlan,
     PlanContents,
     PlanShape,
     encode_structure,
-    pad_boxes,
 )
 
 __all__ = ["box_of_item", "items_to_columns"]

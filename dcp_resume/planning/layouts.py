@@ -23,15 +23,15 @@ from dcp_resume.errors import ConfigurationError
 from dcp_resume.format.dtypes import DTYPES
 from dcp_resume.manifest.boxes import Box
 from dcp_resume.manifest.models import MeshEntry, TensorEntry
+from dcp_resume.planning.box_rows import pad_boxes
 from dcp_resume.planning.files import FileLayout, file_names
 from dcp_resume.planning.layout_rules import Axis, LayoutRules, TargetMesh
 from dcp_resume.planning.merge import GlobalPlan
 from dcp_resume.planning.placements import AxisSplit, held_boxes
-from dcp_resume.planning.plans import pad_boxes
 from dcp_resume.planning.stages import assign_stages, parameters_of, split_layers
 from dcp_resume.planning.table import Table
 
-__all__ = ["Kept", "StoredState", "TargetLayout", "plan_layout"]
+__all__ = ["Kept", "StoredState", "TargetLayout", "plan_layout", "shard_boxes"]
 
 I64 = npt.NDArray[np.int64]
 
@@ -230,6 +230,28 @@ def _placements(axes: Sequence[Axis], dims: Mapping[str, int]) -> tuple[str, ...
     return tuple(placements)
 
 
+def shard_boxes(
+    shape: tuple[int, ...],
+    dims: Mapping[str, int],
+    axes: Sequence[Axis],
+    coordinates: Sequence[int],
+) -> list[Box]:
+    """The boxes of a tensor that one rank holds.
+
+    Args:
+        shape: Global shape.
+        dims: Axis → the dim that it splits.
+        axes: Of the mesh.
+        coordinates: Of the rank, one an axis.
+    """
+    splits: list[list[AxisSplit]] = [[] for _ in shape]
+    for position, axis in enumerate(axes):
+        if axis.size > 1 and axis.name in dims:
+            factor = _split_factor(axes, position, dims)
+            splits[dims[axis.name]].append(AxisSplit(axis.size, coordinates[position], factor))
+    return [held.box for held in held_boxes(shape, splits)]
+
+
 def _shards(shape: tuple[int, ...], dims: Mapping[str, int], axes: Sequence[Axis]) -> _Shards:
     is_empty = math.prod(shape) == 0
     splitting = [
@@ -242,15 +264,11 @@ def _shards(shape: tuple[int, ...], dims: Mapping[str, int], axes: Sequence[Axis
     boxes: list[Box] = []
     for place in itertools.product(*(range(sizes[position]) for position in splitting)):
         coordinates = [0] * len(axes)
-        splits: list[list[AxisSplit]] = [[] for _ in shape]
         for position, coordinate in zip(splitting, place, strict=True):
             coordinates[position] = coordinate
-            factor = _split_factor(axes, position, dims)
-            dim = dims[axes[position].name]
-            splits[dim].append(AxisSplit(sizes[position], coordinate, factor))
-        for held in held_boxes(shape, splits):
+        for box in shard_boxes(shape, dims, axes, coordinates):
             ranks.append(int(np.ravel_multi_index(coordinates, sizes)) if sizes else 0)
-            boxes.append(held.box)
+            boxes.append(box)
     num_holders = math.prod(sizes) // math.prod(sizes[position] for position in splitting)
     return _Shards(tuple(ranks), tuple(boxes), tuple(splitting), num_holders)
 

@@ -14,6 +14,7 @@ from dcp_resume.format.leaves import pack_leaves
 from dcp_resume.format.tensor_bytes import as_bytes, contiguous_cpu
 from dcp_resume.manifest.boxes import Box
 from dcp_resume.manifest.models import MeshEntry
+from dcp_resume.planning.box_rows import pad_boxes
 from dcp_resume.planning.declarations import Declarations
 from dcp_resume.planning.held import HeldTensor
 from dcp_resume.planning.plans import (
@@ -22,7 +23,6 @@ from dcp_resume.planning.plans import (
     PlanShape,
     encode_structure,
     leaves_entry,
-    pad_boxes,
 )
 from dcp_resume.planning.state import PER_RANK_LEAVES, LocalState
 from dcp_resume.planning.ties import Ties

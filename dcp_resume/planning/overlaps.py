@@ -13,7 +13,7 @@ import numpy as np
 
 from dcp_resume.format.chunk_index import ChunkIndex
 from dcp_resume.manifest.boxes import Box
-from dcp_resume.planning.plans import pad_boxes
+from dcp_resume.planning.box_rows import pad_boxes
 
 __all__ = ["Overlap", "Wanted", "find_overlaps"]
 

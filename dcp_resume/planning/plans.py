@@ -22,7 +22,6 @@ import numpy.typing as npt
 from dcp_resume.errors import InvalidDocument, Problem
 from dcp_resume.format.columns import pack_columns, unpack_columns
 from dcp_resume.format.digests import digest_bytes
-from dcp_resume.manifest.boxes import Box
 from dcp_resume.manifest.models import MeshEntry, TensorEntry
 
 __all__ = [
@@ -37,9 +36,7 @@ __all__ = [
     "encode_structure",
     "leaves_entry",
     "pack_inline",
-    "pad_boxes",
     "unpack_inline",
-    "unpad_box",
 ]
 
 I64 = npt.NDArray[np.int64]
@@ -51,21 +48,6 @@ _HEAD = struct.Struct("<8s7q")
 """Magic, rank, world size, rows, width, and how many are compared; bytes of structure, contents."""
 _RANK_MAGIC = b"DCPRRANK"
 _INLINE_MAGIC = b"DCPRINLN"
-
-
-def pad_boxes(boxes: Sequence[Box], width: int) -> tuple[I64, I64]:
-    """Offsets and sizes of boxes as two ``[n, width]`` matrices."""
-    offsets = np.zeros((len(boxes), width), np.int64)
-    sizes = np.ones((len(boxes), width), np.int64)
-    for row, box in enumerate(boxes):
-        offsets[row, : len(box.offsets)] = box.offsets
-        sizes[row, : len(box.sizes)] = box.sizes
-    return offsets, sizes
-
-
-def unpad_box(offsets: I64, sizes: I64, ndim: int) -> Box:
-    """One row of padded matrices as a box."""
-    return Box(tuple(offsets[:ndim].tolist()), tuple(sizes[:ndim].tolist()))
 
 
 class Structures:

@@ -28,6 +28,7 @@ from dcp_resume.session.documents import (
     build_documents,
     planned_tables,
 )
+from dcp_resume.session.milestones import Milestones
 from dcp_resume.session.run_log import RunLog
 from dcp_resume.session.tensor_digests import TensorDigests
 from dcp_resume.session.unchanged import Unchanged
@@ -173,6 +174,7 @@ class Attempt:
         reports: Sequence[RankReport],
         facts: Facts,
         late_values: Mapping[str, tuple[Any, Any]] | None = None,
+        milestones: Milestones | None = None,
     ) -> Committed:
         """Make an attempt that was written as planned a checkpoint.
 
@@ -180,6 +182,7 @@ class Attempt:
             reports: What each rank wrote.
             facts: For the manifest.
             late_values: Non-tensor leaves that came with the reports.
+            milestones: Of the save on this rank; None where times are not measured.
 
         Raises:
             IncompletePlan: Readers would refuse the checkpoint.
@@ -191,7 +194,7 @@ class Attempt:
         """
         tables = planned_tables(self.plan, reports, self.algorithm)
         documents = self.describe(tables, reports, facts, late_values)
-        return self.append(documents, facts)
+        return self.append(documents, facts, milestones=milestones)
 
     def describe(
         self,
@@ -217,7 +220,11 @@ class Attempt:
         )
 
     def append(
-        self, documents: Documents, facts: Facts, references: Iterable[int] = ()
+        self,
+        documents: Documents,
+        facts: Facts,
+        references: Iterable[int] = (),
+        milestones: Milestones | None = None,
     ) -> Committed:
         """Check that every file is there, write the documents, append the commit.
 
@@ -225,6 +232,7 @@ class Attempt:
             documents: Of the attempt.
             facts: For the commit record.
             references: Commits to whose files the documents refer.
+            milestones: Of the save on this rank; None where times are not measured.
 
         Raises:
             StoreNotShared: Files of some ranks are not visible here.
@@ -237,7 +245,11 @@ class Attempt:
         prefix = attempt_prefix(self.identity.step, self.identity.attempt)
         own = [file for file in documents.catalog.files if file.base == "self"]
         self._check_listing(prefix, own)
+        if milestones is not None:
+            milestones.reach("durable")
         self._write_documents(prefix, documents)
+        ranks = documents.catalog.rank_times
+        times = milestones.times(ranks) if milestones is not None and ranks is not None else None
         return commit(
             self.run.log,
             generation=self.identity.generation,
@@ -253,6 +265,7 @@ class Attempt:
             planned_at=self.planned_at,
             num_bytes=documents.manifest.counts.num_bytes,
             trainer=facts.trainer,
+            times=times,
         )
 
     def _check_listing(self, prefix: str, files: Sequence[FileEntry]) -> None:

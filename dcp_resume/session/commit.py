@@ -30,6 +30,7 @@ from dcp_resume.manifest.records import (
     CommitRecord,
     LogRecord,
     OpenRecord,
+    SaveTimes,
 )
 from dcp_resume.session.run_log import RunLog
 
@@ -120,6 +121,8 @@ def commit(
     planned_at: int,
     num_bytes: int,
     trainer: TrainerFacts,
+    created: str | None = None,
+    times: SaveTimes | None = None,
 ) -> Committed:
     """Make an attempt, whose files are all written, a checkpoint.
 
@@ -134,6 +137,8 @@ def commit(
         planned_at: Last log number read when ``parent`` was chosen.
         num_bytes: Bytes of its data files.
         trainer: What ``ls`` shows.
+        created: When the state was saved, of a copy; None for now.
+        times: When the save got how far; None where that was not measured.
 
     Raises:
         ParentRetired: A checkpoint that the attempt refers to was retired or quarantined since.
@@ -154,7 +159,7 @@ def commit(
     def build(_: RunHistory) -> LogRecord:
         return CommitRecord(
             run=log.run,
-            created=log.timestamp(),
+            created=created or log.timestamp(),
             generation=generation,
             step=step,
             attempt=attempt,
@@ -163,6 +168,7 @@ def commit(
             references=wanted,
             num_bytes=num_bytes,
             trainer=trainer,
+            times=times,
         )
 
     try:

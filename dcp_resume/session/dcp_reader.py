@@ -42,7 +42,7 @@ from dcp_resume.manifest.keys import MANIFEST_NAME
 from dcp_resume.manifest.signing import UNSIGNED, Signing
 from dcp_resume.problems import summarise
 from dcp_resume.session.incarnation import incarnation_of
-from dcp_resume.session.load import Located
+from dcp_resume.session.located import Located
 from dcp_resume.session.opening import OpenedCheckpoint, open_checkpoint
 from dcp_resume.session.reading import read_targets
 from dcp_resume.session.targets import Apply, Target, settle, target_of

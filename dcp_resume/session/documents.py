@@ -51,6 +51,7 @@ from dcp_resume.manifest.wire import encode
 from dcp_resume.planning.flattening import part_of
 from dcp_resume.planning.merge import GlobalPlan
 from dcp_resume.problems import summarise
+from dcp_resume.session.milestones import rank_times
 from dcp_resume.session.tensor_digests import can_have_digest, with_digest
 from dcp_resume.session.writing import RankReport
 
@@ -212,8 +213,7 @@ def build_documents(
         block_digest=tables.digests,
     )
     index_bytes = index.to_bytes()
-    tensors = _with_tensor_digests(plan, np.concatenate([r.position_sums for r in reports]))
-    catalog = Catalog(format=FormatMark(), tensors=tensors, files=files)
+    catalog = _catalog(plan, reports, files)
     catalog_bytes = encode(catalog)
     stages = facts.stages or plan.stages
     manifest = Manifest(
@@ -258,6 +258,18 @@ def build_documents(
     _refuse_unreadable(manifest, catalog, index)
     manifest_bytes = encode(manifest, partial(signing.sign, MANIFEST_NAME))
     return Documents(manifest, catalog, index, manifest_bytes, catalog_bytes, index_bytes)
+
+
+def _catalog(
+    plan: GlobalPlan, reports: Sequence[RankReport], files: tuple[FileEntry, ...]
+) -> Catalog:
+    sums = np.concatenate([report.position_sums for report in reports])
+    return Catalog(
+        format=FormatMark(),
+        tensors=_with_tensor_digests(plan, sums),
+        files=files,
+        rank_times=rank_times([report.reached_us for report in reports]),
+    )
 
 
 def _with_tensor_digests(plan: GlobalPlan, sums: npt.NDArray[np.uint64]) -> tuple[TensorEntry, ...]:

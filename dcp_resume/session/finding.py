@@ -6,7 +6,7 @@ from dcp_resume.errors import CheckpointNotFound, InvalidDocument, KeyNotFound, 
 from dcp_resume.manifest.keys import MANIFEST_NAME
 from dcp_resume.manifest.signing import ANYONE, Signing, Trust
 from dcp_resume.manifest.wire import MAX_MANIFEST_BYTES, decode_manifest
-from dcp_resume.session.load import Located
+from dcp_resume.session.located import Located
 from dcp_resume.session.run_log import RunLog
 from dcp_resume.session.selecting import Request, select_commits
 from dcp_resume.storage import ObjectStore

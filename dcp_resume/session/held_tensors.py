@@ -22,7 +22,7 @@ from dcp_resume.manifest.boxes import Box
 from dcp_resume.planning.cells import disjoint_cells
 from dcp_resume.planning.held import HeldPiece, narrowed
 from dcp_resume.planning.padding import inside_of
-from dcp_resume.session.tensor_digests import digest_view
+from dcp_resume.session.box_digests import digest_view
 from dcp_resume.session.votes import Votes
 
 __all__ = ["HeldMemory", "HeldTotals", "digest_held"]

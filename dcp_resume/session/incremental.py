@@ -6,7 +6,7 @@ Ballots of such saves hold a rank's report and, behind it, its division.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from dcp_resume.errors import (
     CheckpointNotFound,
@@ -18,10 +18,11 @@ from dcp_resume.events import ParentUnread, emit
 from dcp_resume.manifest.history import CommitEntry
 from dcp_resume.manifest.keys import MANIFEST_NAME
 from dcp_resume.session.attempt import Attempt, Order, Run
-from dcp_resume.session.changed import ChangedChunks, Division, write_all, write_changed
+from dcp_resume.session.changed import Division, write_all, write_changed
 from dcp_resume.session.commit import Committed, no_checkpoint
 from dcp_resume.session.documents import Facts, FileTables, planned_tables
-from dcp_resume.session.load import Located
+from dcp_resume.session.located import Located
+from dcp_resume.session.milestones import Milestones
 from dcp_resume.session.opening import OpenedCheckpoint, open_checkpoint
 from dcp_resume.session.references import commits_of, referred_tables, written_tables
 from dcp_resume.session.unchanged import ChunkId, ChunkMemory, StoredChunk, stored_chunks
@@ -47,7 +48,7 @@ class IncrementalSave:
     _parent: OpenedCheckpoint | None = None  # read in ``write`` or remembered, on the coordinator
     _own: OpenedCheckpoint | None = None  # known after ``commit``, on the coordinator
 
-    def write(self, staged: StagedRank, order: Order) -> bytes:
+    def write(self, staged: StagedRank, order: Order, milestones: Milestones) -> bytes:
         """Write this rank's files; its ballot.
 
         Raises:
@@ -59,7 +60,9 @@ class IncrementalSave:
         else:
             changed = write_all(staged, self.run.store, order)
         self._chunks = changed.chunks
-        return _ballot(changed)
+        milestones.reach("written")
+        report = replace(changed.report, reached_us=milestones.reported_us()).to_bytes()
+        return len(report).to_bytes(8, "little") + report + changed.division.to_bytes()
 
     def _known(self, staged: StagedRank, order: Order) -> Mapping[ChunkId, StoredChunk]:
         """The parent's chunks, as far as their digests are by the order's rule."""
@@ -90,7 +93,9 @@ class IncrementalSave:
         store, prefix = self.run.store, located.prefix
         return open_checkpoint(store, prefix, located.manifest, trust=trust, is_listed=False)
 
-    def commit(self, attempt: Attempt, ballots: Sequence[bytes], facts: Facts) -> Committed:
+    def commit(
+        self, attempt: Attempt, ballots: Sequence[bytes], facts: Facts, milestones: Milestones
+    ) -> Committed:
         """The coordinator's: describe what the ranks wrote and refer to, and append the commit.
 
         Raises:
@@ -116,7 +121,7 @@ class IncrementalSave:
             tables = planned_tables(attempt.plan, reports, attempt.algorithm)
         documents = attempt.describe(tables, reports, facts)
         try:
-            committed = attempt.append(documents, facts, references)
+            committed = attempt.append(documents, facts, references, milestones)
         except ParentRetired:
             self.memory.is_refused = True
             raise
@@ -137,11 +142,6 @@ class IncrementalSave:
     def keep(self, seq: int, order: Order) -> None:
         """Remember this save, which has committed as ``seq``."""
         self.memory.keep(seq, (order.block_size, order.algorithm), self._chunks, self._own)
-
-
-def _ballot(changed: ChangedChunks) -> bytes:
-    report = changed.report.to_bytes()
-    return len(report).to_bytes(8, "little") + report + changed.division.to_bytes()
 
 
 def _read_ballot(ballot: bytes) -> tuple[RankReport, Division]:

@@ -31,14 +31,13 @@ from dcp_resume.errors import (
 )
 from dcp_resume.events import LoadFinished, emit
 from dcp_resume.format.leaves import decode_leaf
-from dcp_resume.manifest.history import CommitEntry
-from dcp_resume.manifest.models import DocumentRef
 from dcp_resume.manifest.report import ReportItem, Severity, overridden
 from dcp_resume.manifest.signing import ANYONE, Trust
 from dcp_resume.planning.state import LocalState
 from dcp_resume.problems import summarise
 from dcp_resume.session.compare import LoadReport, Strictness, compare_state
 from dcp_resume.session.loaded_tensors import prove_loaded, unrecorded
+from dcp_resume.session.located import Located
 from dcp_resume.session.opening import OpenedCheckpoint, check_files, open_checkpoint
 from dcp_resume.session.reading import ReadOutcome, read_targets
 from dcp_resume.session.targets import Apply, Target, settle, target_of, targets_of
@@ -53,7 +52,7 @@ from dcp_resume.session.values import (
 from dcp_resume.session.votes import Votes
 from dcp_resume.storage import ObjectStore
 
-__all__ = ["LoadOptions", "LoadResult", "LoadSession", "Located", "locate"]
+__all__ = ["LoadOptions", "LoadResult", "LoadSession", "locate"]
 
 
 Differences = Callable[[OpenedCheckpoint, Mapping[str, object]], Iterable[ReportItem]]
@@ -74,33 +73,6 @@ class LoadOptions:
     """``kind`` or ``kind:where`` of a difference → the severity it shall have; patterns as in
     ``fnmatch``, the first match counts. What makes a load impossible (shapes, dtypes) stays
     refused."""
-
-
-@dataclass(frozen=True, slots=True)
-class Located:
-    """Where a checkpoint lies; what step 1 tells every rank."""
-
-    seq: int
-    """Log number of its commit; 0 for a directory without a log."""
-    prefix: str
-    manifest: DocumentRef | None
-
-    @classmethod
-    def of(cls, entry: CommitEntry) -> Located:
-        """The place that a commit record names."""
-        directory, slash, _ = entry.record.manifest.key.rpartition("/")
-        return cls(entry.seq, directory + slash, entry.record.manifest)
-
-    def to_bytes(self) -> bytes:
-        """Serialise for another rank."""
-        reference = self.manifest.model_dump(mode="json") if self.manifest else None
-        return json.dumps([self.seq, self.prefix, reference]).encode()
-
-    @classmethod
-    def from_bytes(cls, data: bytes) -> Located:
-        """Read what ``to_bytes`` wrote."""
-        seq, prefix, reference = json.loads(data)
-        return cls(seq, prefix, DocumentRef.model_validate(reference) if reference else None)
 
 
 @dataclass(frozen=True, slots=True)

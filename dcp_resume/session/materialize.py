@@ -13,20 +13,19 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from dcp_resume.errors import CommitUnknown, ConfigurationError, DcpResumeError
+from dcp_resume.errors import ConfigurationError
 from dcp_resume.format.chunk_index import UNUSED
 from dcp_resume.manifest.keys import new_attempt_id
 from dcp_resume.manifest.signing import ANYONE, UNSIGNED, Signing, Trust
 from dcp_resume.planning.files import lay_out_files
-from dcp_resume.planning.layouts import TargetLayout
 from dcp_resume.planning.merge import GlobalPlan
 from dcp_resume.planning.table import Table
 from dcp_resume.session.commit import choose_newest
 from dcp_resume.session.documents import Facts
-from dcp_resume.session.load import Located
+from dcp_resume.session.located import Located
 from dcp_resume.session.opening import OpenedCheckpoint, open_checkpoint
 from dcp_resume.session.ownership import own_run
-from dcp_resume.session.rewriting import Rewrite
+from dcp_resume.session.rewriting import rewrite
 from dcp_resume.session.run_log import RunLog
 from dcp_resume.session.votes import LonelyVotes
 from dcp_resume.session.windows import check_window
@@ -106,40 +105,32 @@ def materialize(
             option="step",
         )
     check_exclusive_create(target, f"probe/{new_attempt_id()}/")
-    layout = _as_stored(opened)
-    rewrite = Rewrite(opened.manifest, target, layout)
-    try:
-        report, read_bytes = rewrite.write_files(
-            source,
-            opened,
-            window_bytes=options.window_bytes,
-            progress=options.progress,
-            signing=options.signing,
-        )
-    except BaseException:
-        rewrite.remove()
-        raise
-    try:
-        committed = rewrite.commit(log, report, _facts(opened))
-    except CommitUnknown:
-        raise
-    except DcpResumeError:
-        rewrite.remove()
-        raise
+    plan = _as_stored(opened)
+    written = rewrite(
+        source,
+        opened,
+        plan,
+        _facts(opened),
+        target,
+        log,
+        window_bytes=options.window_bytes,
+        progress=options.progress,
+    )
+    committed = written.committed
     if is_own_run:
         own_run(target, log, LonelyVotes(), choose_newest, is_probed=True)
     return Materialized(
         step=committed.record.step,
         seq=committed.seq,
-        prefix=rewrite.prefix,
-        num_files=len(layout.plan.layout.names),
+        prefix=written.prefix,
+        num_files=len(plan.layout.names),
         num_bytes=committed.record.num_bytes,
-        read_bytes=read_bytes,
+        read_bytes=written.read_bytes,
         duration_s=time.monotonic() - started,
     )
 
 
-def _as_stored(opened: OpenedCheckpoint) -> TargetLayout:
+def _as_stored(opened: OpenedCheckpoint) -> GlobalPlan:
     """The chunks as they are, in files of the ranks that wrote them.
 
     Of ranks that the topology does not have, because an elder was written by more, the others take
@@ -155,7 +146,7 @@ def _as_stored(opened: OpenedCheckpoint) -> TargetLayout:
         index.chunk_offsets[used],
         index.chunk_sizes[used],
     )
-    plan = GlobalPlan(
+    return GlobalPlan(
         world_size=world_size,
         tensors=catalog.tensors,
         meshes=manifest.topology.meshes,
@@ -165,7 +156,6 @@ def _as_stored(opened: OpenedCheckpoint) -> TargetLayout:
         local_ids=(),
         inline={},
     )
-    return TargetLayout(plan, manifest.topology.stages, kept=(), dropped=())
 
 
 def _facts(opened: OpenedCheckpoint) -> Facts:

@@ -22,7 +22,7 @@ from dcp_resume.errors import (
     ShortRead,
     Untrusted,
 )
-from dcp_resume.format.chunk_index import ChunkIndex
+from dcp_resume.format.chunk_index import UNUSED, ChunkIndex
 from dcp_resume.format.digests import (
     DigestAlgorithm,
     FileBlocks,
@@ -106,6 +106,24 @@ class OpenedCheckpoint:
         """Tensors with bytes in a block; none for a block of the header."""
         ids = self.index.tensors_in_block(file, block, blocks=self.blocks, begins=self.begins)
         return [self.catalog.tensors[number].fqn for number in ids]
+
+    def chunks_in_block(self, file: int, block: int) -> list[str]:
+        """Chunks with bytes in a block, as ``fqn[0:4, 8:16]``; none for a block of the header."""
+        start, stop = self.block_bounds(file)[block : block + 2].tolist()
+        first, last = self.index.file_bounds(file)
+        begins = self.begins[first:last]
+        ends = np.append(begins[1:], self.blocks.sizes[file])[: len(begins)]
+        is_inside = (begins < stop) & (ends > start) & (ends > begins)
+        is_used = self.index.chunk_tensor[first:last] != UNUSED  # else an ancestor's, passed over
+        return [self._chunk_text(first + n) for n in np.flatnonzero(is_inside & is_used).tolist()]
+
+    def _chunk_text(self, chunk: int) -> str:
+        entry = self.catalog.tensors[int(self.index.chunk_tensor[chunk])]
+        code = self.index.chunk_box[chunk]
+        offsets, sizes = self.index.box_offsets[code].tolist(), self.index.box_sizes[code].tolist()
+        dims = zip(offsets, sizes, entry.global_shape, strict=False)
+        box = ", ".join(f"{offset}:{offset + size}" for offset, size, _ in dims)
+        return f"{entry.fqn}[{box}]" if box else entry.fqn
 
     def file_key(self, file: int) -> str:
         """Key of a data file from the root of the store."""

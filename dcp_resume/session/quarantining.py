@@ -14,7 +14,7 @@ from dcp_resume.errors import DamageDisputed, InvalidCheckpoint, PartialLoad
 from dcp_resume.events import CheckpointSkipped, emit
 from dcp_resume.manifest.signing import Trust
 from dcp_resume.problems import summarise
-from dcp_resume.session.load import Located
+from dcp_resume.session.located import Located
 from dcp_resume.session.marks import quarantine
 from dcp_resume.session.opening import open_checkpoint
 from dcp_resume.session.run_log import RunLog

@@ -11,13 +11,14 @@ import numpy as np
 
 from dcp_resume.errors import KeyNotFound, Problem, ShortRead
 from dcp_resume.events import StorageRetried, emit
+from dcp_resume.manifest.boxes import Box
 from dcp_resume.planning.byte_reads import BoxCopy, BytesCopy, ChunkPlace, Read, plan_reads
 from dcp_resume.planning.overlaps import Wanted, find_overlaps
 from dcp_resume.session.opening import OpenedCheckpoint
 from dcp_resume.session.targets import Target
 from dcp_resume.storage import ByteRange, ObjectStore, RangeRead
 
-__all__ = ["ReadOutcome", "read_targets"]
+__all__ = ["ReadOutcome", "plan_boxes", "read_targets"]
 
 MAX_GAP_BYTES = 256 * 1024
 """A gap up to this is read along: a request costs more than its bytes."""
@@ -40,9 +41,15 @@ def plan_targets(
     opened: OpenedCheckpoint, targets: Sequence[Target], read_bytes: int
 ) -> list[Read]:
     """The reads that fill the targets, of up to ``read_bytes`` or one block each."""
+    return plan_boxes(opened, [(target.fqn, target.box) for target in targets], read_bytes)
+
+
+def plan_boxes(
+    opened: OpenedCheckpoint, boxes: Sequence[tuple[str, Box]], read_bytes: int
+) -> list[Read]:
+    """The reads that bring boxes of stored tensors; copies number them as they are given."""
     wanted = [
-        Wanted(number, opened.tensor_ids[target.fqn], target.box)
-        for number, target in enumerate(targets)
+        Wanted(number, opened.tensor_ids[fqn], box) for number, (fqn, box) in enumerate(boxes)
     ]
     overlaps = find_overlaps(wanted, opened.index)
     index = opened.index
@@ -61,7 +68,7 @@ def plan_targets(
             begin=begin,
             sizes=tuple(sizes[: len(overlap.box.sizes)]),
             itemsize=itemsize,
-            target_sizes=targets[overlap.target].box.sizes,
+            target_sizes=boxes[overlap.target][1].sizes,
         )
         for overlap, file, begin, sizes, itemsize in columns
     ]

@@ -15,25 +15,17 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-from dcp_resume.errors import (
-    CommitUnknown,
-    DcpResumeError,
-    LoadRefused,
-    Problem,
-)
-from dcp_resume.manifest.boxes import Box
-from dcp_resume.manifest.keys import (
-    new_attempt_id,
-)
+from dcp_resume.errors import LoadRefused, Problem
+from dcp_resume.manifest.keys import new_attempt_id
 from dcp_resume.manifest.signing import ANYONE, UNSIGNED, Signing, Trust
 from dcp_resume.planning.layout_rules import LayoutRules, TargetMesh
-from dcp_resume.planning.layouts import Kept, StoredState, TargetLayout, plan_layout
-from dcp_resume.planning.plans import unpad_box
+from dcp_resume.planning.layouts import Kept, TargetLayout, plan_layout
 from dcp_resume.problems import summarise
 from dcp_resume.session.documents import Facts
-from dcp_resume.session.load import Located
-from dcp_resume.session.opening import OpenedCheckpoint, open_checkpoint
-from dcp_resume.session.rewriting import Rewrite
+from dcp_resume.session.located import Located
+from dcp_resume.session.opening import open_checkpoint
+from dcp_resume.session.read_plan import stored_state
+from dcp_resume.session.rewriting import rewrite
 from dcp_resume.session.run_log import RunLog
 from dcp_resume.session.windows import check_window
 from dcp_resume.storage import ObjectStore, check_exclusive_create
@@ -106,40 +98,32 @@ def reshard(
     """
     started = time.monotonic()
     opened = open_checkpoint(source, located.prefix, located.manifest, trust=options.trust)
-    layout = plan_layout(_stored_state(opened), mesh, options.rules)
+    layout = plan_layout(stored_state(opened), mesh, options.rules)
     if options.is_strict:
         _refuse_leftovers(layout)
     log = RunLog(target, signing=options.signing)
     log.refresh()
     check_exclusive_create(target, f"probe/{new_attempt_id()}/")
-    written = Rewrite(opened.manifest, target, layout)
-    try:
-        report, read_bytes = written.write_files(
-            source,
-            opened,
-            window_bytes=options.window_bytes,
-            progress=options.progress,
-            signing=options.signing,
-        )
-    except BaseException:
-        written.remove()
-        raise
-    try:
-        manifest = opened.manifest
-        facts = Facts(
-            trainer=manifest.trainer,
-            model=manifest.model,
-            optimizer=manifest.optimizer,
-            data=manifest.data,
-            precision=manifest.precision,
-            stages=layout.stages,
-        )
-        committed = written.commit(log, report, facts)
-    except CommitUnknown:
-        raise
-    except DcpResumeError:
-        written.remove()
-        raise
+    manifest = opened.manifest
+    facts = Facts(
+        trainer=manifest.trainer,
+        model=manifest.model,
+        optimizer=manifest.optimizer,
+        data=manifest.data,
+        precision=manifest.precision,
+        stages=layout.stages,
+    )
+    written = rewrite(
+        source,
+        opened,
+        layout.plan,
+        facts,
+        target,
+        log,
+        window_bytes=options.window_bytes,
+        progress=options.progress,
+    )
+    committed = written.committed
     return ReshardResult(
         step=committed.record.step,
         seq=committed.seq,
@@ -148,32 +132,10 @@ def reshard(
         world_size=mesh.world_size,
         num_files=len(layout.plan.layout.names),
         num_bytes=committed.record.num_bytes,
-        read_bytes=read_bytes,
+        read_bytes=written.read_bytes,
         kept=layout.kept,
         dropped=layout.dropped,
         duration_s=time.monotonic() - started,
-    )
-
-
-def _stored_state(opened: OpenedCheckpoint) -> StoredState:
-    manifest, index = opened.manifest, opened.index
-    per_rank: dict[str, list[tuple[int, Box]]] = {}
-    for position, entry in enumerate(opened.catalog.tensors):
-        if entry.kind != "per_rank":
-            continue
-        ndim = len(entry.global_shape)
-        for chunk in index.chunks_of(position).tolist():
-            code = index.chunk_box[chunk]
-            box = unpad_box(index.box_offsets[code], index.box_sizes[code], ndim)
-            rank = opened.catalog.files[int(index.chunk_file[chunk])].rank
-            per_rank.setdefault(entry.fqn, []).append((rank, box))
-    return StoredState(
-        world_size=manifest.topology.world_size,
-        tensors=opened.catalog.tensors,
-        meshes={mesh.id: mesh for mesh in manifest.topology.meshes},
-        values={leaf.fqn: (leaf.path, leaf.value) for leaf in manifest.leaves},
-        num_values={name: part.num_leaves for name, part in manifest.parts.items()},
-        per_rank=per_rank,
     )
 
 

@@ -69,6 +69,7 @@ class RunLog:
         store: Root of the run.
         run: UUID that the log must belong to; None to accept whichever run is found.
         signing: How records are signed, and whose are believed.
+        heard: Called with number and record of each that is read or appended, in order.
         deadline_s: How long an append repeats a create whose answer was lost.
         clock: Monotonic seconds, for the deadline.
         sleep: Waits between repetitions.
@@ -81,6 +82,7 @@ class RunLog:
         *,
         run: str | None = None,
         signing: Signing = UNSIGNED,
+        heard: Callable[[int, LogRecord], object] = lambda seq, record: None,
         deadline_s: float = 120.0,
         clock: Callable[[], float] = time.monotonic,
         sleep: Callable[[float], None] = time.sleep,
@@ -91,6 +93,7 @@ class RunLog:
         self._new_run = run or str(uuid.uuid4())
         self.signing = signing
         """How everything in the run is signed, and whose documents are believed."""
+        self._heard = heard
         self._deadline_s = deadline_s
         self._clock = clock
         self._sleep = sleep
@@ -282,6 +285,7 @@ class RunLog:
             ) from error
 
     def _fold(self, records: Iterable[tuple[int, LogRecord]]) -> None:
+        records = list(records)
         history = self._history.extend(records)
         expected = self._expected_run
         if expected is not None and history.run not in (None, expected):
@@ -294,6 +298,8 @@ class RunLog:
         self._history = history
         if self._pending is not None and self._pending.seq <= history.last_seq:
             self._pending = None
+        for seq, record in records:
+            self._heard(seq, record)
 
 
 def _is_same(found: LogRecord, ours: LogRecord) -> bool:

@@ -22,7 +22,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from dcp_resume.errors import CommitUnknown, ConfigurationError, RankSilent, StorageError
@@ -35,6 +35,7 @@ from dcp_resume.session.attempt import Attempt, Order, Run
 from dcp_resume.session.copies import AtOnce, Copies
 from dcp_resume.session.documents import Facts
 from dcp_resume.session.incremental import IncrementalSave
+from dcp_resume.session.milestones import Milestones
 from dcp_resume.session.plan_memory import TELL_ALL, PlanMemory
 from dcp_resume.session.staging import BufferPool
 from dcp_resume.session.tensor_digests import TensorDigests
@@ -103,8 +104,8 @@ class SaveSession:
         self._memory = memory or PlanMemory()
         self._unchanged = unchanged
         self._incremental = IncrementalSave(run, chunks or ChunkMemory(), votes.rank)
-        self._started = time.monotonic()
-        self._stage_started = self._started
+        self._milestones = Milestones(step, votes.rank)
+        self._stage_started = time.monotonic()
         self._copies: Copies = AtOnce()
         self._order: Order | None = None  # known after step 1
         self._staged: StagedRank | None = None  # known after step 2
@@ -141,6 +142,7 @@ class SaveSession:
             StateError: The ranks' states contradict each other.
         """
         self._reach(1)
+        self._milestones.is_blocking = pool is None  # without a copy the trainer must wait
         started = time.monotonic()
         memory, offered = self._memory, list[tuple[LocalState, LocalPlan]]()
 
@@ -161,6 +163,7 @@ class SaveSession:
         self._order = Order.from_bytes(answer)
         told = answer[Order.NUM_BYTES :]
         rank_plan = memory.learn(told, plan)
+        self._milestones.reach("planned")
         self._finish_phase("plan", started, 0)
         is_remembered = memory.is_remembered(told)
         emit(PlanAgreed(step=self._step, rank=self._votes.rank, is_remembered=is_remembered))
@@ -174,8 +177,8 @@ class SaveSession:
         except Exception as error:
             # The others are past this step: they hear of it, with its cause, when they report.
             self._failure = error
-        if self._copies.are_done:
-            self._finish_phase("stage", self._stage_started, self.num_bytes)
+        if self._copies.are_done and self._failure is None:
+            self._note_staged()
 
     def finish(self) -> SaveResult:
         """Steps 3 to 5.
@@ -202,7 +205,8 @@ class SaveSession:
         assert self._order is not None
         if self._order.unchanged is Unchanged.REFER:
             self._incremental.keep(seq, self._order)
-        duration = time.monotonic() - self._started
+        self._milestones.reach("committed")
+        duration = self._milestones.elapsed_s
         if self._votes.rank == 0:
             emit(
                 CheckpointCommitted(
@@ -249,20 +253,22 @@ class SaveSession:
         is_late = not self._copies.are_done
         self._copies.finish()
         if is_late:
-            self._finish_phase("stage", self._stage_started, self.num_bytes)
+            self._note_staged()
         started, num_bytes = time.monotonic(), self.num_bytes
         order = self._order
         if order.unchanged is Unchanged.REFER:
-            ballot = self._incremental.write(self._staged, order)
+            ballot = self._incremental.write(self._staged, order, self._milestones)
         else:
-            ballot = write_rank(
+            report = write_rank(
                 self._staged,
                 self._run.store,
                 order.prefix,
                 order.block_size,
                 order.algorithm,
                 order.tensor_digests,
-            ).to_bytes()
+            )
+            self._milestones.reach("written")
+            ballot = replace(report, reached_us=self._milestones.reported_us()).to_bytes()
         self._finish_phase("write", started, num_bytes)
         return ballot
 
@@ -273,10 +279,12 @@ class SaveSession:
         self._reach(4)
         started = time.monotonic()
         if self._attempt.unchanged is Unchanged.REFER:
-            committed = self._incremental.commit(self._attempt, ballots, self._facts)
+            committed = self._incremental.commit(
+                self._attempt, ballots, self._facts, self._milestones
+            )
         else:
             reports = [RankReport.from_bytes(ballot) for ballot in ballots]
-            committed = self._attempt.commit(reports, self._facts)
+            committed = self._attempt.commit(reports, self._facts, milestones=self._milestones)
         self._finish_phase("commit", started, 0)
         outcome = [committed.seq, committed.record.attempt, committed.record.num_bytes]
         return [json.dumps(outcome).encode()] * len(ballots)
@@ -302,6 +310,10 @@ class SaveSession:
 
     def _reach(self, number: int) -> None:
         emit(StepReached(number=number, step=self._step, rank=self._votes.rank))
+
+    def _note_staged(self) -> None:
+        self._milestones.reach("staged")
+        self._finish_phase("stage", self._stage_started, self.num_bytes)
 
     def _finish_phase(self, phase: str, started: float, num_bytes: int) -> None:
         emit(

@@ -12,7 +12,7 @@ from dcp_resume.format.leaves import unpack_leaves
 from dcp_resume.manifest.boxes import Box
 from dcp_resume.manifest.models import TensorEntry
 from dcp_resume.manifest.signing import ANYONE, Trust
-from dcp_resume.planning.plans import unpad_box
+from dcp_resume.planning.box_rows import unpad_box
 from dcp_resume.planning.state import PER_RANK_LEAVES, SHARED_LEAVES
 from dcp_resume.planning.ties import Ties
 from dcp_resume.problems import summarise

@@ -9,11 +9,12 @@ import numpy as np
 from dcp_resume.errors import Problem
 from dcp_resume.format.dtypes import ITEMSIZES
 from dcp_resume.format.position_digest import PositionDigest
+from dcp_resume.planning.box_rows import unpad_box
 from dcp_resume.planning.padding import logical_shape
-from dcp_resume.planning.plans import unpad_box
+from dcp_resume.session.box_digests import digest_row_major
 from dcp_resume.session.opening import OpenedCheckpoint
 from dcp_resume.session.reading import read_targets
-from dcp_resume.session.tensor_digests import differing, digest_row_major, recorded_digest
+from dcp_resume.session.tensor_digests import differing, recorded_digest
 from dcp_resume.session.windows import StoredBox, cut_windows
 from dcp_resume.storage import ObjectStore
 

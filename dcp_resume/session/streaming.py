@@ -1,7 +1,7 @@
-"""Write data files that nobody holds in memory: their bytes are read from another checkpoint.
+"""Write data files that nobody holds in memory: their bytes are read from elsewhere.
 
-A file goes by in windows. Each window is filled by verified reads, digested, and handed to the
-store, which takes it before the next one is asked for, so that one buffer serves all.
+A file goes by in windows. Each window is filled by its source, digested, and handed to the store,
+which takes it before the next one is asked for, so that one buffer serves all.
 """
 
 from __future__ import annotations
@@ -18,19 +18,20 @@ from dcp_resume.format.dtypes import ITEMSIZES
 from dcp_resume.format.position_digest import PositionDigest
 from dcp_resume.format.streamed_digests import StreamedDigests
 from dcp_resume.manifest.models import TensorEntry
+from dcp_resume.planning.box_rows import unpad_box
 from dcp_resume.planning.files import FileLayout
 from dcp_resume.planning.padding import logical_shape
-from dcp_resume.planning.plans import unpad_box
 from dcp_resume.problems import summarise
+from dcp_resume.session.box_digests import digest_row_major
 from dcp_resume.session.opening import OpenedCheckpoint
 from dcp_resume.session.reading import read_targets
 from dcp_resume.session.targets import Target
-from dcp_resume.session.tensor_digests import TensorDigests, can_have_digest, digest_row_major
+from dcp_resume.session.tensor_digests import TensorDigests, can_have_digest
 from dcp_resume.session.windows import StoredBox, cut_windows
 from dcp_resume.session.writing import RankReport, file_report
 from dcp_resume.storage import ObjectStore
 
-__all__ = ["FileStreamer"]
+__all__ = ["FileStreamer", "StoredFiller"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,31 +50,57 @@ class _Chunk:
         return digest_row_major(target.memory, itemsize, target.box, shape)
 
 
-class FileStreamer:
-    """Streams the files of a layout from an opened checkpoint into a store.
+class StoredFiller:
+    """Fills targets by verified reads of an opened checkpoint.
 
     Args:
         source: Store of the opened checkpoint.
         opened: Where the bytes come from.
+    """
+
+    def __init__(self, source: ObjectStore, opened: OpenedCheckpoint) -> None:
+        self._source = source
+        self._opened = opened
+        self.read_bytes = 0
+        """Bytes fetched so far."""
+
+    def fill(self, targets: Sequence[Target]) -> None:
+        """Fill the targets.
+
+        Raises:
+            CorruptData: A block of the source failed.
+            StorageError: The store failed.
+        """
+        outcome = read_targets(self._source, self._opened, targets)
+        self.read_bytes += outcome.num_bytes
+        if outcome.problems:
+            raise CorruptData(
+                f"the source {self._opened.prefix} is damaged; nothing was committed:\n"
+                f"{summarise(outcome.problems)}\ntake another step",
+                problems=tuple(outcome.problems),
+            )
+
+
+class FileStreamer:
+    """Streams the files of a layout into a store.
+
+    Args:
+        fill: Reads what each target wants.
         window_bytes: Memory for the bytes in transit, beside that of the readers.
         progress: Called with the bytes of each window that was handed on.
     """
 
     def __init__(
         self,
-        source: ObjectStore,
-        opened: OpenedCheckpoint,
+        fill: Callable[[Sequence[Target]], None],
         *,
         window_bytes: int,
         progress: Callable[[int], None],
     ) -> None:
-        self._source = source
-        self._opened = opened
+        self._fill = fill
         self._progress = progress
         self._memory = np.empty(window_bytes, np.uint8).data
         self._failure: BaseException | None = None
-        self.read_bytes = 0
-        """Bytes fetched so far."""
 
     def write(
         self,
@@ -99,7 +126,7 @@ class FileStreamer:
             tensor_digests: Whether to report what each chunk adds to its tensor's digest.
 
         Raises:
-            CorruptData: A block of the source failed; the file was not written.
+            DcpResumeError: ``fill`` failed; the file was not written.
             StorageError: Either store failed.
         """
         chunks = _chunks(layout, tensors, file)
@@ -141,16 +168,6 @@ class FileStreamer:
         except Exception as error:
             self._failure = error
             raise
-
-    def _fill(self, targets: Sequence[Target]) -> None:
-        outcome = read_targets(self._source, self._opened, targets)
-        self.read_bytes += outcome.num_bytes
-        if outcome.problems:
-            raise CorruptData(
-                f"the source {self._opened.prefix} is damaged; nothing was committed:\n"
-                f"{summarise(outcome.problems)}\ntake another step",
-                problems=tuple(outcome.problems),
-            )
 
 
 def _chunks(layout: FileLayout, tensors: Sequence[TensorEntry], file: int) -> list[_Chunk]:

@@ -17,9 +17,9 @@ import torch
 
 from dcp_resume.format.dtypes import DTYPES, ITEMSIZES
 from dcp_resume.manifest.boxes import Box
+from dcp_resume.planning.box_rows import unpad_box
 from dcp_resume.planning.padding import inside_of, logical_shape
 from dcp_resume.planning.pieces import cut_box
-from dcp_resume.planning.plans import unpad_box
 from dcp_resume.session.opening import OpenedCheckpoint
 from dcp_resume.session.side import Side
 from dcp_resume.session.targets import Target

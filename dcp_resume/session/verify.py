@@ -17,6 +17,7 @@ import time
 from collections.abc import Callable, Collection, Iterable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 
@@ -24,10 +25,11 @@ from dcp_resume.errors import InvalidCheckpoint, KeyNotFound, Problem, ShortRead
 from dcp_resume.format.chunk_index import UNUSED
 from dcp_resume.format.data_file import ChunkHeader, parse_header
 from dcp_resume.manifest.signing import ANYONE, Trust
-from dcp_resume.planning.plans import unpad_box
-from dcp_resume.session.load import Located
+from dcp_resume.planning.box_rows import unpad_box
+from dcp_resume.session.block_windows import BlockWindow, cut_file, wrong_blocks
+from dcp_resume.session.located import Located
 from dcp_resume.session.opening import OpenedCheckpoint, check_files, open_checkpoint
-from dcp_resume.session.stored_tensors import prove_stored_tensors
+from dcp_resume.session.sampling import WHOLE, Sample
 from dcp_resume.session.tensor_digests import Prove, can_have_digest
 from dcp_resume.storage import ByteRange, ObjectStore, RangeRead
 
@@ -62,7 +64,7 @@ class Verification:
 
     @property
     def is_whole(self) -> bool:
-        """Whether nothing is wrong."""
+        """Whether nothing is wrong in what was read."""
         return not self.problems
 
 
@@ -73,9 +75,19 @@ def verify_checkpoint(
     trust: Trust = ANYONE,
     num_readers: int = NUM_READERS,
     prove: Prove = Prove.BLOCKS,
+    sample: Sample = WHOLE,
     progress: Progress = lambda done, total: None,
 ) -> Verification:
     """Verify documents, and every byte of every data file. Faults are returned, not raised.
+
+    Args:
+        store: Holds the checkpoint.
+        located: Where it lies.
+        trust: Whose documents are believed.
+        num_readers: Threads.
+        prove: Whether to prove whole tensors too, which reads them once more.
+        sample: Which part of the data to read. Documents, sizes and headers are proved in any case.
+        progress: Called with what is done.
 
     Raises:
         StorageError: The store failed, which says nothing about the checkpoint.
@@ -89,7 +101,7 @@ def verify_checkpoint(
         problems = error.problems or (Problem(located.prefix, "document", str(error)),)
         duration_s = time.monotonic() - started
         return Verification(located.prefix, located.seq, None, 0, 0, 0, 0, problems, duration_s)
-    check = _Check(store, opened, progress)
+    check = _Check(store, opened, progress, sample)
     check.list_files()
     check.read_all(num_readers)
     if prove is Prove.TENSORS and not check.problems:  # of damaged blocks, digests say nothing more
@@ -120,30 +132,21 @@ def verify_files(
     Raises:
         StorageError: The store failed, which says nothing about the files.
     """
-    check = _Check(store, opened, lambda done, total: None)
+    check = _Check(store, opened, lambda done, total: None, WHOLE)
     files = range(len(opened.catalog.files))
     check.pass_over(opened.file_key(file) for file in files if opened.file_key(file) not in keys)
     check.read_all(NUM_READERS)
     return tuple(sorted(check.problems))
 
 
-@dataclass(frozen=True, slots=True)
-class _Window:
-    """Some consecutive blocks of one file."""
-
-    file: int
-    first: int
-    """Number of the first block in the file."""
-    stops: tuple[int, ...]
-    """Where each block ends."""
-    start: int
-
-
 class _Check:
-    def __init__(self, store: ObjectStore, opened: OpenedCheckpoint, progress: Progress) -> None:
+    def __init__(
+        self, store: ObjectStore, opened: OpenedCheckpoint, progress: Progress, sample: Sample
+    ) -> None:
         self._store = store
         self._opened = opened
         self._progress = progress
+        self._sample = sample
         self._local = threading.local()
         self._lock = threading.Lock()
         self._total = opened.manifest.counts.num_bytes
@@ -165,6 +168,8 @@ class _Check:
         self._passed_over.update(keys)
 
     def prove_tensors(self) -> None:
+        from dcp_resume.session.stored_tensors import prove_stored_tensors  # loads torch
+
         done = 0
 
         def advance(num_bytes: int) -> None:
@@ -196,46 +201,30 @@ class _Check:
                 raise
 
     def _jobs(self) -> Iterator[Callable[[], None]]:
-        for file in range(len(self._opened.catalog.files)):
-            if self._opened.file_key(file) not in self._passed_over:
-                yield lambda file=file: self._check_header(file)  # type: ignore[misc]
-                for window in self._windows(file):
-                    yield lambda window=window: self._check_window(window)  # type: ignore[misc]
+        files = [
+            file
+            for file in range(len(self._opened.catalog.files))
+            if self._opened.file_key(file) not in self._passed_over
+        ]
+        read_bytes = self._store.read_bytes
+        windows = [window for file in files for window in cut_file(self._opened, file, read_bytes)]
+        chosen = [windows[number] for number in self._sample.choose(len(windows))]
+        self._total = sum(window.stop - window.start for window in chosen)
+        for file in files:
+            yield partial(self._check_header, file)
+        for window in chosen:
+            yield partial(self._check_window, window)
 
-    def _windows(self, file: int) -> Iterator[_Window]:
-        bounds: list[int] = self._opened.block_bounds(file).tolist()
-        first = 0
-        while first < len(bounds) - 1:
-            last = first + 1
-            while (
-                last < len(bounds) - 1
-                and bounds[last + 1] - bounds[first] <= self._store.read_bytes
-            ):
-                last += 1
-            yield _Window(file, first, tuple(bounds[first + 1 : last + 1]), bounds[first])
-            first = last
-
-    def _check_window(self, window: _Window) -> None:
-        data = self._read(window.file, window.start, window.stops[-1])
+    def _check_window(self, window: BlockWindow) -> None:
+        data = self._read(window.file, window.start, window.stop)
         if data is None:
             return
-        start = window.start
-        for block, stop in enumerate(window.stops, window.first):
-            part = data[start - window.start : stop - window.start]
-            found, expected = self._opened.block_digests(window.file, block, part)
-            if found != expected:
-                self._report_block(window.file, block, start, stop)
-            start = stop
+        for problem in wrong_blocks(self._opened, window, data):
+            self._report(problem)
         with self._lock:
             self.num_blocks += len(window.stops)
             self.num_bytes += len(data)
             self._progress(self.num_bytes, self._total)
-
-    def _report_block(self, file: int, block: int, start: int, stop: int) -> None:
-        opened = self._opened
-        names = ", ".join(opened.fqns_in_block(file, block)) or "the file's header"
-        message = f"block {block} (bytes {start} to {stop}) does not have its digest; holds {names}"
-        self._report(Problem(opened.file_key(file), "digest", message))
 
     def _check_header(self, file: int) -> None:
         data = self._read(file, 0, self._opened.catalog.files[file].header_bytes)

@@ -13,8 +13,6 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Protocol
 
-import torch.distributed as dist
-
 from dcp_resume.errors import DcpResumeError, RankErrors, RankSilent
 from dcp_resume.session.error_wire import decode_error, describe_error, encode_error
 
@@ -151,6 +149,8 @@ class StoreVotes:
 
     def round(self, phase: str, work: Work, decide: Decide) -> bytes:
         """Run one round; see ``Votes.round``."""
+        import torch.distributed as dist  # here alone: a lonely world needs no torch
+
         failure: BaseException | None = None
         try:
             ballot = b"+" + work()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
@@ -10,6 +11,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from dcp_resume.events import FileWritten, emit
 from dcp_resume.format.columns import pack_columns, unpack_columns
 from dcp_resume.format.data_file import ChunkHeader, header_bytes
 from dcp_resume.format.digests import DIGEST_BYTES, DigestAlgorithm, block_bounds, digest_blocks
@@ -20,9 +22,10 @@ from dcp_resume.planning.held import HeldTensor
 from dcp_resume.planning.padding import logical_shape
 from dcp_resume.planning.plans import RankPlan
 from dcp_resume.planning.state import PER_RANK_LEAVES
+from dcp_resume.session.box_digests import digest_row_major
 from dcp_resume.session.copies import AtOnce, Copies
 from dcp_resume.session.staging import BufferPool, StagedFile, borrow_chunks, stage_chunks
-from dcp_resume.session.tensor_digests import TensorDigests, digest_row_major
+from dcp_resume.session.tensor_digests import TensorDigests
 from dcp_resume.storage import ObjectStore
 
 __all__ = [
@@ -177,6 +180,8 @@ class RankReport:
     position_sums: npt.NDArray[np.uint64] = field(default_factory=_no_sums)
     """``[chunks, 2]`` each chunk's part of its tensor's digest, file by file; no rows where tensor
     digests are not recorded."""
+    reached_us: npt.NDArray[np.int64] = field(default_factory=lambda: np.zeros(0, np.int64))
+    """``[3]`` as of ``Milestones.reported_us``, or ``[0]`` where nothing was measured."""
 
     def to_bytes(self) -> bytes:
         """Serialise for the coordinator."""
@@ -188,6 +193,7 @@ class RankReport:
                 "num_blocks": self.num_blocks,
                 "digests": self.digests.reshape(-1),
                 "position_sums": self.position_sums,
+                "reached_us": self.reached_us,
             },
             {},
         )
@@ -205,6 +211,7 @@ class RankReport:
             "num_blocks": ("i8", ()),
             "digests": ("u1", ()),
             "position_sums": ("u8", (2,)),
+            "reached_us": ("i8", ()),
         }
         _, columns = unpack_columns(_REPORT_MAGIC, data, "rank report", schema)
         return cls(
@@ -213,6 +220,7 @@ class RankReport:
             num_blocks=columns["num_blocks"],
             digests=columns["digests"].reshape(-1, 16),
             position_sums=columns["position_sums"],
+            reached_us=columns["reached_us"],
         )
 
     @classmethod
@@ -252,7 +260,10 @@ def write_rank(
         sums: list[PositionDigest] = []
         if tensor_digests is TensorDigests.RECORD:
             sums = [c.digest(data) for c, data in zip(chunks, file.chunks(), strict=True)]
+        started = time.monotonic()
         size = store.write(prefix + name, buffers)
+        duration_s = time.monotonic() - started
+        emit(FileWritten(key=prefix + name, num_bytes=size, duration_s=duration_s))
         reports.append(file_report(size, len(header), digest, sums))
         file.release()
     return RankReport.joined(reports)

@@ -11,7 +11,9 @@ __all__ = ["TEMP_PREFIX", "check_key", "check_prefix", "is_key"]
 TEMP_PREFIX = ".tmp-"
 """Names of unfinished files begin like this; the leading dot keeps them out of the keys."""
 
-_SEGMENT = r"[A-Za-z0-9_-][A-Za-z0-9._-]*"
+_SEGMENT = r"(?:[A-Za-z0-9_-][A-Za-z0-9._-]*|\.metadata)"
+"""``.metadata`` is the one name with a dot in front: the index of stock DCP directories."""
+
 _KEY = re.compile(rf"{_SEGMENT}(?:/{_SEGMENT})*\Z")
 _PREFIX = re.compile(rf"(?:{_SEGMENT}/)*(?:{_SEGMENT})?\Z")
 

@@ -54,6 +54,12 @@ def test_nothing_is_ever_pickled_or_executed():
     assert not found
 
 
+def test_opcodes_of_pickles_are_looked_at_in_one_file():
+    """It reads them as a tree and calls nothing; no other file knows that there are any."""
+    users = {name for name, tree in TREES.items() if "pickletools" in imports(tree)}
+    assert users == {"interop/inert_pickle.py"}
+
+
 def test_fsspec_enters_in_one_file():
     users = {
         name

@@ -16,6 +16,7 @@ from dcp_resume.manifest.boxes import Box
 from dcp_resume.manifest.models import TensorEntry
 from dcp_resume.planning import merged_shapes as merging
 from dcp_resume.planning.balance import assign_writers, share_rows
+from dcp_resume.planning.box_rows import pad_boxes
 from dcp_resume.planning.merge import merge
 from dcp_resume.planning.plans import (
     LocalPlan,
@@ -24,7 +25,6 @@ from dcp_resume.planning.plans import (
     RankPlan,
     decode_structure,
     encode_structure,
-    pad_boxes,
 )
 
 SEEDED = settings(derandomize=True, deadline=None)

@@ -13,13 +13,13 @@ from dcp_resume.errors import IncompletePlan, InvalidDocument, ReplicaMismatch, 
 from dcp_resume.format.leaves import pack_leaves
 from dcp_resume.manifest.boxes import Box
 from dcp_resume.manifest.models import TensorEntry
+from dcp_resume.planning.box_rows import pad_boxes
 from dcp_resume.planning.merge import merge
 from dcp_resume.planning.plans import (
     LocalPlan,
     PlanContents,
     PlanShape,
     encode_structure,
-    pad_boxes,
 )
 from dcp_resume.session.plan_memory import PlanMemory
 

@@ -14,9 +14,9 @@ from hypothesis import strategies as st
 from dcp_resume.format.chunk_index import ChunkIndex
 from dcp_resume.format.digests import BlockRule
 from dcp_resume.manifest.boxes import Box
+from dcp_resume.planning.box_rows import pad_boxes
 from dcp_resume.planning.byte_reads import BytesCopy, ChunkPlace, plan_reads
 from dcp_resume.planning.overlaps import Wanted, find_overlaps
-from dcp_resume.planning.plans import pad_boxes
 
 SEEDED = settings(derandomize=True, deadline=None)
 

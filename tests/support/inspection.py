@@ -8,7 +8,7 @@ from pathlib import Path
 
 from dcp_resume.manifest.history import CommitEntry
 from dcp_resume.manifest.keys import parse_attempt_prefix, parse_log_key
-from dcp_resume.session.load import Located
+from dcp_resume.session.located import Located
 from dcp_resume.session.run_log import RunLog
 from dcp_resume.session.verify import verify_checkpoint
 from dcp_resume.storage import ObjectStore, open_store

@@ -36,8 +36,8 @@ from dcp_resume.format.position_digest import PositionDigest
 from dcp_resume.format.tensor_bytes import as_bytes
 from dcp_resume.manifest.boxes import Box
 from dcp_resume.planning.held import HeldPiece
+from dcp_resume.session.box_digests import digest_view
 from dcp_resume.session.held_tensors import HeldMemory, HeldTotals, digest_held
-from dcp_resume.session.tensor_digests import digest_view
 from dcp_resume.session.votes import LonelyVotes
 from tests.support.damage import DamagedRun
 from tests.support.forgery import FORGED_STEP, flip_element, opened_at
@@ -299,7 +299,7 @@ def test_copies_that_differ_and_elements_that_nobody_holds_are_told():
 @pytest.mark.parametrize("shape", [(30, 7), (7, 30), (5, 8, 9)])
 def test_memory_is_digested_in_pieces_wherever_it_lies(monkeypatch, shape):
     """Not contiguous, and larger than what is digested at a time."""
-    monkeypatch.setattr("dcp_resume.session.tensor_digests.PIECE_BYTES", 64)
+    monkeypatch.setattr("dcp_resume.session.box_digests.PIECE_BYTES", 64)
     whole = torch.arange(float(torch.Size(shape).numel())).reshape(shape)
     strided = whole.transpose(0, -1).contiguous().transpose(0, -1)
     box = Box((1, *(0 for _ in shape[1:])), (3, *shape[1:]))

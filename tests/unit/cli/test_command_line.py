@@ -111,8 +111,19 @@ def test_inspect(run, call):
     assert out.splitlines()[0].split() == ["step", "20"]
     assert "samples      64, tokens 0" in out
     assert "best loss    5 at step 20" in out
-    line = next(line for line in out.splitlines() if line.startswith("model.weight"))
-    assert line.split() == ["model.weight", "float32", "replicated", "4,", "8", "-", "128", "B"]
+    tree = [line.split() for line in out.partition("placements")[2].splitlines()]
+    assert ["model", "2", "tensor(s)", "144", "B"] in tree
+    assert ["weight", "float32", "replicated", "4,", "8", "-", "128", "B"] in tree
+
+
+def test_inspect_sums_up_what_lies_deeper_than_asked(run, call):
+    out = call("inspect", run, "--depth", 1)[1]
+    tree = [line.split() for line in out.partition("placements")[2].splitlines()[1:]]
+    assert tree == [
+        ["model", "2", "tensor(s)", "144", "B"],
+        ["optim", "6", "tensor(s)", "296", "B"],
+    ]
+    assert call("inspect", run, "--depth", 0)[0] == 2
 
 
 def test_inspect_json(run, call_json):

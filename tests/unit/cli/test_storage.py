@@ -9,7 +9,7 @@ import torch
 
 from dcp_resume import CheckpointManager, SaveMode, Settings
 from dcp_resume.cli.main import main
-from dcp_resume.cli.printing import RetryNotes
+from dcp_resume.cli.progress import RetryNotes
 from dcp_resume.events import StorageRetried
 from tests.support.fault_proxy import Fault, FaultProxy
 

@@ -112,3 +112,45 @@ def test_a_copied_directory_needs_no_log(run, tmp_path, call, call_json):
     code, _, err = call("inspect", copy)
     assert code == 1
     assert "catalog.json" in err
+
+
+def sampled(call_json, run, sample, *more):
+    code, found = call_json("verify", run, "--sample", sample, *more)
+    (one,) = found["checkpoints"]
+    return code, one["num_blocks"], one["num_bytes"]
+
+
+def test_parts_of_a_checkpoint_are_together_the_whole(run, call_json):
+    _, found = call_json("verify", run)
+    (whole,) = found["checkpoints"]
+    parts = [sampled(call_json, run, f"{number}/2") for number in (1, 2)]
+    assert all(num_bytes < whole["num_bytes"] for _, _, num_bytes in parts)
+    assert sum(num_blocks for _, num_blocks, _ in parts) == whole["num_blocks"]
+    assert sum(num_bytes for _, _, num_bytes in parts) == whole["num_bytes"]
+    flip(newest_file(run, "*-model-*"), -1)
+    assert sorted(sampled(call_json, run, f"{number}/2")[0] for number in (1, 2)) == [0, 1]
+
+
+def test_a_share_is_drawn_again_by_its_seed(run, call, call_json):
+    flip(newest_file(run, "*-model-*"), -1)
+    codes = [sampled(call_json, run, "50%", "--seed", seed)[0] for seed in range(12)]
+    assert {*codes} == {0, 1}
+    assert codes == [sampled(call_json, run, "50%", "--seed", seed)[0] for seed in range(12)]
+    assert sampled(call_json, run, "100%")[0] == 1
+    _, out, _ = call("verify", run, "--sample", "50%", "--seed", codes.index(0))
+    assert f"nothing wrong in the sample, 50% (seed {codes.index(0)})" in out
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["--sample", "0%"],
+        ["--sample", "101%"],
+        ["--sample", "3/2"],
+        ["--sample", "half"],
+        ["--seed", "1"],
+        ["--sample", "50%", "--tensors"],
+    ],
+)
+def test_a_sample_that_cannot_be_is_refused(run, call, words):
+    assert call("verify", run, *words)[0] == 2

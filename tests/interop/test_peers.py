@@ -1,0 +1,251 @@
+"""Each peer both ways, bit for bit, by the peer's own code; the table of the how-to names these."""
+
+from __future__ import annotations
+
+import json
+import struct
+
+import pytest
+import safetensors.torch
+import torch
+import torch.distributed.checkpoint as dcp
+from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
+
+from dcp_resume import CheckpointManager, LoadOptions
+from dcp_resume.interop import Format, Leftovers
+from tests.interop.peers import (
+    STEP,
+    assert_equal,
+    give_out,
+    load_run,
+    save_run,
+    take_in,
+    tensors,
+)
+
+
+@pytest.fixture
+def run(tmp_path):
+    save_run(tmp_path / "run", {"model": tensors()})
+    return tmp_path / "run"
+
+
+def blank(state):
+    return {name: torch.zeros_like(t.float()).to(t.dtype) for name, t in state.items()}
+
+
+def optimizer_state():
+    moments = {"exp_avg": torch.randn(3), "step": torch.tensor(4.0)}
+    groups = [{"lr": 0.1, "betas": (0.9, 0.95), "names": ["a"], "fused": None}]
+    return {"state": {0: moments, 1: {"exp_avg": torch.randn(2, 2)}}, "param_groups": groups}
+
+
+# torch.save
+
+
+def test_torch_save_to_us(tmp_path):
+    state = {**tensors(), "transposed": torch.randn(5, 7).t(), "window": torch.randn(9)[2:6]}
+    torch.save({"model": state, "optim": optimizer_state()}, tmp_path / "it.pth")
+    result = take_in(tmp_path / "it.pth", tmp_path / "run", step=3)
+    assert (result.format, result.step, result.ties) == (Format.TORCH, 3, ("model.tied",))
+    assert_equal(load_run(tmp_path / "run", {"model": state})["model"], state)
+    give_out(tmp_path / "run", tmp_path / "again.pth", Format.TORCH)
+    first, again = (torch.load(tmp_path / n, weights_only=True) for n in ("it.pth", "again.pth"))
+    assert_equal(again["model"], first["model"])
+    assert again["optim"]["param_groups"] == first["optim"]["param_groups"]
+    assert_equal(again["optim"]["state"][0], first["optim"]["state"][0])
+
+
+@pytest.mark.parametrize("is_mapped", [False, True])
+def test_us_to_torch_load(run, tmp_path, is_mapped):
+    result = give_out(run, tmp_path / "it.pth", Format.TORCH, parts=("model",))
+    assert result.step == STEP
+    found = torch.load(tmp_path / "it.pth", weights_only=True, mmap=is_mapped)
+    assert_equal(found, tensors())
+    assert found["tied"].data_ptr() == found["h.0.weight"].data_ptr()
+
+
+# safetensors
+
+
+def test_safetensors_to_us(tmp_path):
+    state = tensors()
+    del state["tied"]
+    safetensors.torch.save_file(state, tmp_path / "it.safetensors")
+    assert take_in(tmp_path / "it.safetensors", tmp_path / "run").format is Format.SAFETENSORS
+    assert_equal(load_run(tmp_path / "run", {"model": state})["model"], state)
+
+
+def test_us_to_safetensors(run, tmp_path):
+    give_out(run, tmp_path / "it.safetensors", Format.SAFETENSORS, parts=("model",))
+    expected = tensors()
+    del expected["tied"]
+    assert_equal(safetensors.torch.load_file(tmp_path / "it.safetensors"), expected)
+    take_in(tmp_path / "it.safetensors", tmp_path / "back")
+    assert_equal(load_run(tmp_path / "back", {"model": tensors()})["model"], tensors())
+
+
+def test_us_to_safetensors_sharded_with_an_index_and_back(run, tmp_path):
+    result = give_out(run, tmp_path / "hf", Format.SAFETENSORS, parts=("model",), shard_bytes=2000)
+    index = json.loads((tmp_path / "hf" / result.files[-1]).read_text())
+    found = {}
+    for file in set(index["weight_map"].values()):
+        found |= safetensors.torch.load_file(tmp_path / "hf" / file)
+    expected = tensors()
+    del expected["tied"]
+    assert len(result.files) > 2
+    assert_equal(found, expected)
+    take_in(tmp_path / "hf", tmp_path / "back")
+    assert_equal(load_run(tmp_path / "back", {"model": tensors()})["model"], tensors())
+
+
+def test_us_to_the_hugging_face_reader_of_dcp(run, tmp_path):
+    give_out(run, tmp_path / "hf", Format.SAFETENSORS, parts=("model",))
+    expected = tensors()
+    del expected["tied"]
+    found = blank(expected)
+    dcp.load(found, storage_reader=dcp.HuggingFaceStorageReader(str(tmp_path / "hf")), no_dist=True)
+    assert_equal(found, expected)
+
+
+# DCP
+
+
+def test_dcp_to_us(tmp_path):
+    state = {"model": tensors(), "optim": optimizer_state(), "epoch": {"n": 4, "name": "x"}}
+    dcp.save(state, checkpoint_id=tmp_path / "dcp", no_dist=True)
+    result = take_in(tmp_path / "dcp", tmp_path / "run")
+    assert result.format is Format.DCP
+    assert_equal(load_run(tmp_path / "run", {"model": state["model"]})["model"], state["model"])
+    back = {"epoch": {"n": 0, "name": ""}}
+    with CheckpointManager(tmp_path / "run") as checkpoints:
+        checkpoints.load(back, options=LoadOptions(parts=("epoch",)))
+    assert back["epoch"] == {"n": 4, "name": "x"}
+
+
+def test_us_to_dcp_load(tmp_path):
+    values = {"n": 4, "name": "x", "betas": (0.9, 0.95), "list": [1, None, True]}
+    save_run(tmp_path / "run", {"model": tensors(), "epoch": values})
+    give_out(tmp_path / "run", tmp_path / "dcp", Format.DCP, shard_bytes=4000)
+    found = {"model": blank(tensors()), "epoch": dict.fromkeys(values)}
+    dcp.load(
+        found,
+        checkpoint_id=tmp_path / "dcp",
+        planner=DefaultLoadPlanner(allow_partial_load=False),
+        no_dist=True,
+    )
+    assert_equal(found["model"], tensors())
+    assert found["epoch"] == values
+
+
+# Megatron torch_dist: a DCP directory, and common.pt. Its own reader: see the how-to.
+
+
+def test_megatron_to_us_and_back(tmp_path):
+    dcp.save({"decoder.weight": torch.randn(4, 4)}, checkpoint_id=tmp_path / "it", no_dist=True)
+    torch.save({"iteration": 12, "args": {"lr": 0.5}}, tmp_path / "it" / "common.pt")
+    config = {"sharded_backend": "torch_dist", "sharded_backend_version": 1}
+    (tmp_path / "it" / "metadata.json").write_text(json.dumps(config))
+    result = take_in(tmp_path / "it", tmp_path / "run")
+    assert (result.format, result.num_tensors, result.num_values) == (Format.MEGATRON, 1, 2)
+    give_out(tmp_path / "run", tmp_path / "again", Format.MEGATRON, parts=("model",))
+    common = torch.load(tmp_path / "again" / "common.pt", weights_only=True)
+    assert common == {"iteration": 12, "args": {"lr": 0.5}}
+    first, again = ({"decoder.weight": torch.zeros(4, 4)} for _ in range(2))
+    dcp.load(first, checkpoint_id=tmp_path / "it", no_dist=True)
+    dcp.load(again, checkpoint_id=tmp_path / "again", no_dist=True)
+    assert_equal(again, first)
+
+
+# llm.c: its file by its own description, written by hand.
+
+WIDTH, LAYERS, VOCAB, BLOCK = 8, 2, 130, 4
+
+
+def llmc_file(dtype, version) -> tuple[bytes, dict[str, torch.Tensor]]:
+    names = {
+        "transformer.wte.weight": (VOCAB, WIDTH),
+        "transformer.wpe.weight": (BLOCK, WIDTH),
+    }
+    kinds = {
+        "ln_1.weight": (WIDTH,),
+        "ln_1.bias": (WIDTH,),
+        "attn.c_attn.weight": (3 * WIDTH, WIDTH),
+        "attn.c_attn.bias": (3 * WIDTH,),
+        "attn.c_proj.weight": (WIDTH, WIDTH),
+        "attn.c_proj.bias": (WIDTH,),
+        "ln_2.weight": (WIDTH,),
+        "ln_2.bias": (WIDTH,),
+        "mlp.c_fc.weight": (4 * WIDTH, WIDTH),
+        "mlp.c_fc.bias": (4 * WIDTH,),
+        "mlp.c_proj.weight": (WIDTH, 4 * WIDTH),
+        "mlp.c_proj.bias": (WIDTH,),
+    }
+    for kind, shape in kinds.items():
+        names.update((f"transformer.h.{layer}.{kind}", shape) for layer in range(LAYERS))
+    names |= {"transformer.ln_f.weight": (WIDTH,), "transformer.ln_f.bias": (WIDTH,)}
+    state = {name: torch.randn(shape).to(dtype) for name, shape in names.items()}
+    numbers = [20240326, version, BLOCK, VOCAB, LAYERS, 2, WIDTH, 256] + [0] * 248
+    data = struct.pack("<256i", *numbers)
+    for name, tensor in state.items():
+        data += tensor.view(torch.uint8).numpy().tobytes()
+        if name == "transformer.wte.weight":
+            data += bytes((256 - VOCAB) * WIDTH * tensor.itemsize)
+    state["lm_head.weight"] = state["transformer.wte.weight"]
+    return data, state
+
+
+@pytest.mark.parametrize(("dtype", "version"), [(torch.float32, 3), (torch.bfloat16, 5)])
+def test_llmc_to_us_and_back_gives_the_same_bytes(tmp_path, dtype, version):
+    data, state = llmc_file(dtype, version)
+    (tmp_path / "it.bin").write_bytes(data)
+    result = take_in(tmp_path / "it.bin", tmp_path / "run")
+    assert (result.format, result.ties) == (Format.LLMC, ("lm_head.weight",))
+    assert_equal(load_run(tmp_path / "run", {"model": state})["model"], state)
+    give_out(tmp_path / "run", tmp_path / "again.bin", Format.LLMC, parts=("model",))
+    assert (tmp_path / "again.bin").read_bytes() == data
+
+
+# InfiniTrain: its files by their description, written by hand.
+
+CODES = {torch.float32: 11, torch.bfloat16: 9, torch.int64: 8}
+
+
+def ckpt_file(state) -> bytes:
+    data = struct.pack("<III", 0x54504B43, 1, len(state))
+    for name, tensor in state.items():
+        content = tensor.contiguous().flatten().view(torch.uint8).numpy().tobytes()
+        data += struct.pack("<I", len(name)) + name.encode()
+        data += struct.pack("<bI", CODES[tensor.dtype], tensor.ndim)
+        data += struct.pack(f"<{tensor.ndim}qQ", *tensor.shape, len(content)) + content
+    return data
+
+
+def test_infinitrain_to_us_and_back_gives_the_same_bytes(tmp_path):
+    model = {"wte.weight": torch.randn(5, 3), "h.0.bias": torch.randn(4).bfloat16()}
+    optim = {"adam.m.0": torch.randn(5, 3), "adam.t": torch.tensor([7])}
+    place = tmp_path / "checkpoint_step_000040"
+    place.mkdir()
+    (place / "model.ckpt").write_bytes(ckpt_file(model))
+    (place / "optimizer.ckpt").write_bytes(ckpt_file(optim))
+    # As the published version writes it: no comma behind vocab_size.
+    text = '{\n "n_layer": 2,\n "vocab_size": 5\n "global_step": 40,\n "last_lr": 0.001\n}'
+    (place / "trainer_state.json").write_text(text)
+    result = take_in(place, tmp_path / "run")
+    assert (result.format, result.step) == (Format.INFINITRAIN, 40)
+    found = load_run(tmp_path / "run", {"model": model, "optim": optim})
+    assert_equal(found["model"], model)
+    assert_equal(found["optim"], optim)
+    give_out(tmp_path / "run", tmp_path / "again", Format.INFINITRAIN)
+    for name in ("model.ckpt", "optimizer.ckpt"):
+        assert (tmp_path / "again" / name).read_bytes() == (place / name).read_bytes()
+    again = json.loads((tmp_path / "again" / "trainer_state.json").read_text())
+    assert (again["global_step"], again["n_layer"], again["last_lr"]) == (40, 2, 0.001)
+
+
+def test_what_a_format_cannot_hold_is_dropped_by_policy_alone(tmp_path):
+    save_run(tmp_path / "run", {"model": tensors(), "epoch": {"n": 1}})
+    result = give_out(
+        tmp_path / "run", tmp_path / "all", Format.SAFETENSORS, leftovers=Leftovers.DROP
+    )
+    assert [problem.where for problem in result.dropped] == ["epoch.n"]
