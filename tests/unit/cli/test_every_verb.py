@@ -21,6 +21,7 @@ VERBS = {
     "cp": "cp {url} {new}",
     "export": "export {url} {new}.pth --format torch --drop",
     "reshard": "reshard {url} {new}-tp2 --to tp=2",
+    "materialize": "materialize {url} --into {new}-whole",
     "diff": "diff {url} {url}",
     "pin": "pin {url} --step 20",
     "unpin": "unpin {url} --step 20",
@@ -37,7 +38,8 @@ VERBS = {
 ENDLESS = {"watch": "watch {url}"}
 WITHOUT_URL = {"compare-loss": "compare-loss a b", "completion": "completion bash"}
 ON_COMMANDS = {"prove": "prove --stop-at 1 --last 2 -- true {{run}} {{stop}}"}
-WITHOUT_TORCH = {*VERBS, *ENDLESS, *WITHOUT_URL} - {"plan", "reshard", "export", "import", "diff"}
+_WITH_TORCH = {"plan", "reshard", "materialize", "export", "import", "diff"}
+WITHOUT_TORCH = {*VERBS, *ENDLESS, *WITHOUT_URL} - _WITH_TORCH
 
 
 def words(line, **places):
@@ -89,13 +91,13 @@ def test_on_a_whole_run_on_s3_with_json(run, new, s3_server, bucket, call):
 def test_where_a_data_file_is_damaged(run, new, call):
     for path in run.glob("step-*/*/*-model-*"):
         flip(path, -1)
-    finds = {"verify", "cp", "reshard", "export"}
+    finds = {"verify", "cp", "reshard", "materialize", "export"}
     for verb, line in VERBS.items():
         code, out, err = call(*words(line, url=run, new=new))
         assert code == (1 if verb in finds else 0), verb
         if verb in finds:
             assert "-model-" in out + err, verb
-            assert "model.weight[0:4, 0:8]" in out + err or verb in {"reshard", "export"}, verb
+            assert "model.weight[0:4, 0:8]" in out + err or verb in finds - {"verify", "cp"}, verb
         assert "Traceback" not in err, verb
 
 
