@@ -241,7 +241,7 @@ def test_51_checks_raise_typed_errors_with_a_reason_and_before_anything_changes(
 
 def test_52_a_command_lists_tensors_and_verifies_checksums(tmp_path, capsys):
     saved(tmp_path, job())
-    assert main(["inspect", str(tmp_path), "--tensors"]) == 0
+    assert main(["inspect", str(tmp_path), "--tensors", "--json"]) == 0
     assert "model.a.weight" in capsys.readouterr().out
     assert main(["verify", str(tmp_path)]) == 0
     data = next(tmp_path.glob("step-*/*/*.safetensors"))
