@@ -23,13 +23,13 @@ class SaveProgress:
 
     Args:
         rank: Of this process; by default ``RANK`` of the environment. Only rank 0 draws.
-        stream: Where to.
+        stream: Where to; by default stderr.
     """
 
-    def __init__(self, rank: int | None = None, stream: TextIO = sys.stderr) -> None:
+    def __init__(self, rank: int | None = None, stream: TextIO | None = None) -> None:
         rank = int(os.environ.get("RANK", "0")) if rank is None else rank
-        self._stream = stream
-        self._is_shown = rank == 0 and stream.isatty()
+        self._stream = stream or sys.stderr
+        self._is_shown = rank == 0 and self._stream.isatty()
         self._lock = threading.Lock()
         self._step = 0
         self._total = 0

@@ -101,6 +101,7 @@ def test_python_blocks_run(page, tmp_path, monkeypatch):
     from dcp_resume.session.incarnation import forget_incarnations
 
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(events, "_subscribers", [])  # those of a page end with it
     session: dict[str, Any] = {"__name__": "__main__"}
     try:
         for block in blocks_of(PAGES[page]):
