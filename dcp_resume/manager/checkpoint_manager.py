@@ -358,6 +358,7 @@ class CheckpointManager:
     def _settle(self, timeout_s: float | None = None) -> None:
         if self._pending is not None:
             pending = self._pending
+            pending.wait_until_staged()  # the background waits for a copy that Ctrl-C cut off here
             pending.wait(timeout_s)
             self._pending = None
             pending.raise_unseen()

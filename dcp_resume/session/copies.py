@@ -152,7 +152,8 @@ class LateCopies:
         self._queue: deque[_Pair] = deque()
         self._all: list[tuple[StepTensor, int]] = []  # with its version at the save
         self._changed = threading.Condition()
-        self._num_running = 0
+        self._running: set[int] = set()
+        """Threads that have claimed a copy; each has one at a time."""
         self._failure: BaseException | None = None
         self._are_done = False
 
@@ -183,6 +184,7 @@ class LateCopies:
         """Copy what is left, beside other threads that do; return when nothing is left."""
         if self._are_done:
             return
+        self._note_interrupted()
         while (pair := self._claim()) is not None:
             failure: BaseException | None = None
             try:
@@ -195,7 +197,7 @@ class LateCopies:
             finally:
                 self._end(failure)
         with self._changed:
-            self._changed.wait_for(lambda: not self._queue and not self._num_running)
+            self._changed.wait_for(lambda: not self._queue and not self._running)
             if not self._are_done:
                 self._failure = self._failure or _changed_early(self._all)
                 self._all = []
@@ -219,16 +221,27 @@ class LateCopies:
             self._all = []
         self.drain()
 
+    def _note_interrupted(self) -> None:
+        """A copy that this thread claimed and never made: Ctrl-C came in between."""
+        with self._changed:
+            if threading.get_ident() in self._running:
+                self._running.discard(threading.get_ident())
+                self._failure = self._failure or StateError(
+                    "the copy of the state was interrupted (Ctrl-C): this save does not commit",
+                    problems=(),
+                )
+                self._changed.notify_all()
+
     def _claim(self) -> _Pair | None:
         with self._changed:
             if not self._queue:
                 return None
-            self._num_running += 1
+            self._running.add(threading.get_ident())
             return self._queue.popleft()
 
     def _end(self, failure: BaseException | None) -> None:
         with self._changed:
-            self._num_running -= 1
+            self._running.discard(threading.get_ident())
             self._failure = self._failure or failure
             self._changed.notify_all()
 

@@ -47,6 +47,10 @@ class Milestones:
             SaveAdvanced(milestone=milestone, step=self._step, rank=self._rank, elapsed_s=elapsed_s)
         )
 
+    def is_reached(self, milestone: str) -> bool:
+        """Whether the save got so far."""
+        return milestone in self._reached_s
+
     def reported_us(self) -> npt.NDArray[np.int64]:
         """``[3]`` microseconds to ``planned``, ``staged`` and ``written``, for the coordinator."""
         return np.asarray([self._reached_s[name] * 1e6 for name in _REPORTED], np.int64)

@@ -250,9 +250,8 @@ class SaveSession:
         if self._failure is not None:
             raise self._failure
         assert self._staged is not None
-        is_late = not self._copies.are_done
         self._copies.finish()
-        if is_late:
+        if not self._milestones.is_reached("staged"):
             self._note_staged()
         started, num_bytes = time.monotonic(), self.num_bytes
         order = self._order

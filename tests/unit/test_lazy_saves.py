@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import random
+import sys
 import threading
 from typing import Any
 
@@ -254,3 +255,26 @@ def test_a_failed_lazy_save_does_not_stop_the_next_step_or_save(tmp_path):
             checkpoints.save(1, {**trainer.state, "bad": object()})
         trainer.step()
         assert checkpoints.save(2, trainer.state).result().step == 2
+
+
+def test_an_interrupt_between_a_claim_and_its_copy_fails_the_save_and_hangs_nobody():
+    model = nn.Linear(ROWS, ROWS)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    source = model.weight.detach()
+    copies = LateCopies(step_memory({"model": model, "optim": optimizer}))
+    copies.copy(torch.empty(source.nbytes, dtype=torch.uint8), source)
+
+    def interrupt(frame, event, _):
+        if event == "return" and frame.f_code.co_name == "_claim":
+            raise KeyboardInterrupt
+        return interrupt
+
+    tracing = sys.gettrace()
+    sys.settrace(interrupt)
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            copies.drain()
+    finally:
+        sys.settrace(tracing)
+    with pytest.raises(StateError, match="interrupted"):
+        copies.finish()
