@@ -50,13 +50,14 @@ def add_parser(verbs: Verbs) -> None:
 
 def _run(arguments: argparse.Namespace) -> int:
     from dcp_resume.session.finding import find_checkpoints
-    from dcp_resume.session.materialize import MaterializeOptions, materialize
+    from dcp_resume.session.materialize import materialize
+    from dcp_resume.session.rewriting import RewriteOptions
 
     into = arguments.into or arguments.url
     source, target = open_pair(arguments.url, into, arguments, retry=PATIENT)
     signing = read_signing(arguments)
     progress = ProgressLine("materializing")
-    options = MaterializeOptions(
+    options = RewriteOptions(
         window_bytes=arguments.window_mib << 20,
         progress=progress,
         trust=signing.trust,

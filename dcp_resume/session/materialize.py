@@ -8,15 +8,13 @@ then from it, so that the old one is no resume source any more, and its elders c
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import numpy as np
 
 from dcp_resume.errors import ConfigurationError
 from dcp_resume.format.chunk_index import UNUSED
 from dcp_resume.manifest.keys import new_attempt_id
-from dcp_resume.manifest.signing import ANYONE, UNSIGNED, Signing, Trust
 from dcp_resume.planning.files import lay_out_files
 from dcp_resume.planning.merge import GlobalPlan
 from dcp_resume.planning.table import Table
@@ -25,34 +23,12 @@ from dcp_resume.session.documents import Facts
 from dcp_resume.session.located import Located
 from dcp_resume.session.opening import OpenedCheckpoint, open_checkpoint
 from dcp_resume.session.ownership import own_run
-from dcp_resume.session.rewriting import rewrite
+from dcp_resume.session.rewriting import RewriteOptions, rewrite
 from dcp_resume.session.run_log import RunLog
 from dcp_resume.session.votes import LonelyVotes
-from dcp_resume.session.windows import check_window
 from dcp_resume.storage import ObjectStore, check_exclusive_create
 
-__all__ = ["MaterializeOptions", "Materialized", "materialize"]
-
-
-@dataclass(frozen=True, slots=True)
-class MaterializeOptions:
-    """How to materialize.
-
-    Raises:
-        ConfigurationError: The window is too small.
-    """
-
-    window_bytes: int = 64 * 1024 * 1024
-    """Bytes in transit; readers, and an upload to S3, need some more beside them."""
-    progress: Callable[[int, int], None] = field(default=lambda done, total: None)
-    """Called with bytes written and bytes in all."""
-    trust: Trust = ANYONE
-    """Whose checkpoint is read."""
-    signing: Signing = UNSIGNED
-    """How the new one is signed, and whose log records at the target are believed."""
-
-    def __post_init__(self) -> None:
-        check_window(self.window_bytes)
+__all__ = ["Materialized", "materialize"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,7 +46,7 @@ class Materialized:
 
 
 def materialize(
-    source: ObjectStore, located: Located, target: ObjectStore, options: MaterializeOptions
+    source: ObjectStore, located: Located, target: ObjectStore, options: RewriteOptions
 ) -> Materialized:
     """Write the located checkpoint, whole, into the run at ``target``, which may be its own.
 
@@ -113,8 +89,7 @@ def materialize(
         _facts(opened),
         target,
         log,
-        window_bytes=options.window_bytes,
-        progress=options.progress,
+        options,
     )
     committed = written.committed
     if is_own_run:

@@ -12,12 +12,10 @@ removes the files that were written. Step 4 takes the run over, as every new inc
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from dcp_resume.errors import LoadRefused, Problem
 from dcp_resume.manifest.keys import new_attempt_id
-from dcp_resume.manifest.signing import ANYONE, UNSIGNED, Signing, Trust
 from dcp_resume.planning.layout_rules import LayoutRules, TargetMesh
 from dcp_resume.planning.layouts import Kept, TargetLayout, plan_layout
 from dcp_resume.problems import summarise
@@ -25,16 +23,15 @@ from dcp_resume.session.documents import Facts
 from dcp_resume.session.located import Located
 from dcp_resume.session.opening import open_checkpoint
 from dcp_resume.session.read_plan import stored_state
-from dcp_resume.session.rewriting import rewrite
+from dcp_resume.session.rewriting import RewriteOptions, rewrite
 from dcp_resume.session.run_log import RunLog
-from dcp_resume.session.windows import check_window
 from dcp_resume.storage import ObjectStore, check_exclusive_create
 
 __all__ = ["ReshardOptions", "ReshardResult", "reshard"]
 
 
 @dataclass(frozen=True, slots=True)
-class ReshardOptions:
+class ReshardOptions(RewriteOptions):
     """How to reshard.
 
     Raises:
@@ -44,17 +41,6 @@ class ReshardOptions:
     rules: LayoutRules = field(default_factory=LayoutRules)
     is_strict: bool = False
     """Refuse what could not be laid out as asked, instead of reporting it."""
-    window_bytes: int = 64 * 1024 * 1024
-    """Bytes in transit; readers, and an upload to S3, need some more beside them."""
-    progress: Callable[[int, int], None] = lambda done, total: None
-    """Called with bytes written and bytes in all."""
-    trust: Trust = ANYONE
-    """Whose checkpoint is read."""
-    signing: Signing = UNSIGNED
-    """How the new one is signed, and whose log records at the target are believed."""
-
-    def __post_init__(self) -> None:
-        check_window(self.window_bytes)
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,8 +106,7 @@ def reshard(
         facts,
         target,
         log,
-        window_bytes=options.window_bytes,
-        progress=options.progress,
+        options,
     )
     committed = written.committed
     return ReshardResult(

@@ -9,6 +9,7 @@ from dcp_resume.errors import CorruptData
 from dcp_resume.format.digests import DigestAlgorithm
 from dcp_resume.manifest.history import RunHistory
 from dcp_resume.manifest.models import Manifest
+from dcp_resume.manifest.signing import ANYONE, UNSIGNED, Signing, Trust
 from dcp_resume.planning.merge import GlobalPlan
 from dcp_resume.problems import summarise
 from dcp_resume.session.commit import Committed, choose_newest
@@ -18,10 +19,32 @@ from dcp_resume.session.opening import OpenedCheckpoint
 from dcp_resume.session.run_log import RunLog
 from dcp_resume.session.streaming import StoredFiller
 from dcp_resume.session.tensor_digests import TensorDigests, differing, recorded_digest
+from dcp_resume.session.windows import check_window
 from dcp_resume.session.writing import RankReport
 from dcp_resume.storage import ObjectStore
 
-__all__ = ["Rewritten", "rewrite"]
+__all__ = ["RewriteOptions", "Rewritten", "rewrite"]
+
+
+@dataclass(frozen=True, slots=True)
+class RewriteOptions:
+    """How to rewrite.
+
+    Raises:
+        ConfigurationError: The window is too small.
+    """
+
+    window_bytes: int = 64 * 1024 * 1024
+    """Bytes in transit; readers, and an upload to S3, need some more beside them."""
+    progress: Callable[[int, int], None] = lambda done, total: None
+    """Called with bytes written and bytes in all."""
+    trust: Trust = ANYONE
+    """Whose checkpoint is read."""
+    signing: Signing = UNSIGNED
+    """How the new one is signed, and whose log records at the target are believed."""
+
+    def __post_init__(self) -> None:
+        check_window(self.window_bytes)
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,9 +64,7 @@ def rewrite(
     facts: Facts,
     target: ObjectStore,
     log: RunLog,
-    *,
-    window_bytes: int,
-    progress: Callable[[int, int], None],
+    options: RewriteOptions,
 ) -> Rewritten:
     """Stream a checkpoint into new files, and commit them.
 
@@ -54,8 +75,7 @@ def rewrite(
         facts: For the new manifest.
         target: Root of the run that the new checkpoint belongs to.
         log: Of that run.
-        window_bytes: Bytes in transit.
-        progress: Called with bytes written and bytes in all.
+        options: Window, progress and signing.
 
     Raises:
         CorruptData: The source is damaged; nothing was committed.
@@ -71,9 +91,9 @@ def rewrite(
     try:
         report = written.write_files(
             filler.fill,
-            window_bytes=window_bytes,
-            progress=progress,
-            algorithm=DigestAlgorithm(log.signing.digest_algorithm),
+            window_bytes=options.window_bytes,
+            progress=options.progress,
+            algorithm=DigestAlgorithm(options.signing.digest_algorithm),
         )
         if is_recorded:
             _check_tensors(plan, report)

@@ -25,6 +25,7 @@ from typing import Any
 
 from dcp_resume.storage import open_store
 from tests.campaigns.audit import audit
+from tests.campaigns.figures import print_figures
 from tests.campaigns.judging import Finding, Start
 from tests.campaigns.kills import Census, Plan, draw_plan
 from tests.campaigns.places import Places
@@ -155,19 +156,6 @@ def _note(campaign: Campaign, findings: Sequence[Finding], tell: Callable[[str],
         tell(f"start {len(campaign.starts)}: {finding.kind}: {finding.text}")
 
 
-def _print_table(document: dict[str, Any]) -> None:
-    for name, value in document.items():
-        if name == "findings":
-            continue
-        if isinstance(value, dict):
-            print(f"{name}:")
-            for key, count in sorted(value.items(), key=lambda item: -item[1]):
-                print(f"    {key:<24} {count:>6}")
-        else:
-            shown = f"{value:.2f}" if isinstance(value, float) else str(value)
-            print(f"{name:<28} {shown:>6}")
-
-
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a campaign from the command line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
@@ -186,7 +174,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         tell=lambda line: print(line, flush=True),
     )
     document = campaign.document()
-    _print_table(document)
+    print_figures(document)
     if arguments.json:
         arguments.json.write_text(json.dumps(document, indent=2) + "\n")
     return 1 if campaign.findings else 0

@@ -31,6 +31,7 @@ from typing import Any
 from dcp_resume import SaveMode
 from dcp_resume.storage import open_store
 from tests.campaigns.audit import audit
+from tests.campaigns.figures import print_figures
 from tests.campaigns.incarnation_job import CLOSE, Part
 from tests.campaigns.incarnation_judge import Chronicle, judge_reads, judge_team
 from tests.campaigns.incarnation_rounds import MAX_SAVES, Fate, Plan, draw_round, older_step
@@ -306,17 +307,6 @@ class _Run:
                     result.fenced_s.append(error["at_s"] - max(known, default=error["at_s"]))
 
 
-def _print_table(document: dict[str, Any]) -> None:
-    for name, value in document.items():
-        if isinstance(value, dict):
-            print(f"{name}:")
-            for key, count in sorted(value.items(), key=lambda item: -item[1]):
-                print(f"    {key:<44} {count:>6}")
-        elif name != "findings":
-            shown = f"{value:.2f}" if isinstance(value, float) else str(value)
-            print(f"{name:<48} {shown:>6}")
-
-
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a campaign from the command line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
@@ -335,7 +325,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         tell=lambda line: print(line, flush=True),
     )
     document = result.document()
-    _print_table(document)
+    print_figures(document)
     if arguments.json:
         arguments.json.write_text(json.dumps(document, indent=2) + "\n")
     return 1 if result.findings else 0

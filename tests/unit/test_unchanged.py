@@ -34,8 +34,9 @@ from dcp_resume.manager.retention import prune
 from dcp_resume.session import marks
 from dcp_resume.session.finding import find_checkpoints
 from dcp_resume.session.load import Located
-from dcp_resume.session.materialize import MaterializeOptions, materialize
+from dcp_resume.session.materialize import materialize
 from dcp_resume.session.opening import OpenedCheckpoint, open_checkpoint
+from dcp_resume.session.rewriting import RewriteOptions
 from dcp_resume.session.run_log import RunLog
 from dcp_resume.session.sweep import read_needs
 from dcp_resume.session.verify import verify_checkpoint
@@ -338,7 +339,7 @@ class TestMaterialize:
     def test_afterwards_its_elders_can_be_pruned(self, root):
         store = open_store(str(root))
         (located,) = find_checkpoints(store, 3)
-        result = materialize(store, located, store, MaterializeOptions())
+        result = materialize(store, located, store, RewriteOptions())
         assert result.step == 3
         log = RunLog(store)
         assert [one.entry.seq for one in prune(store, log, KeepLast(1))] == [2, 3, 4]
@@ -372,7 +373,7 @@ class TestMaterialize:
         (located,) = find_checkpoints(store, 2)
         before = RunLog(store).refresh().last_seq
         with pytest.raises(ConfigurationError, match="not the newest"):
-            materialize(store, located, store, MaterializeOptions())
+            materialize(store, located, store, RewriteOptions())
         assert RunLog(store).refresh().last_seq == before
-        materialize(store, located, other, MaterializeOptions())
+        materialize(store, located, other, RewriteOptions())
         assert_loads(tmp_path / "other", 2)
