@@ -118,16 +118,13 @@ def import_checkpoint(
     log.refresh()
     check_exclusive_create(target, f"probe/{new_attempt_id()}/")
     written = OfflineAttempt(target, plan, step, options.tensor_digests)
-    try:
+    with written.taken_back_on_failure():
         report = written.write_files(
             intake.filler(plan),
             window_bytes=options.window_bytes,
             progress=options.progress,
             algorithm=DigestAlgorithm(options.signing.digest_algorithm),
         )
-    except BaseException:
-        written.remove()
-        raise
     facts = Facts(
         trainer=TrainerFacts(step=step, **foreign.trainer),
         model=foreign.model,

@@ -6,8 +6,8 @@ does.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 
 import numpy as np
 
@@ -66,6 +66,15 @@ class OfflineAttempt:
         """Bytes of all tensors."""
         self._block_size = choose_block_size(self.num_bytes)
         self._tensor_digests = tensor_digests
+
+    @contextmanager
+    def taken_back_on_failure(self) -> Iterator[None]:
+        """Whatever goes wrong before the commit leaves no files; Ctrl-C too."""
+        try:
+            yield
+        except BaseException:
+            self.remove()
+            raise
 
     def write_files(
         self,

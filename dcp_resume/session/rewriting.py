@@ -88,7 +88,7 @@ def rewrite(
     digests = TensorDigests.RECORD if is_recorded else TensorDigests.OMIT
     written = OfflineAttempt(target, plan, opened.manifest.step, digests)
     filler = StoredFiller(source, opened)
-    try:
+    with written.taken_back_on_failure():
         report = written.write_files(
             filler.fill,
             window_bytes=options.window_bytes,
@@ -97,9 +97,6 @@ def rewrite(
         )
         if is_recorded:
             _check_tensors(plan, report)
-    except BaseException:
-        written.remove()
-        raise
     committed = written.commit(log, report, facts, _chooser(opened.manifest))
     return Rewritten(committed, written.prefix, filler.read_bytes)
 
