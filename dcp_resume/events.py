@@ -23,6 +23,7 @@ __all__ = [
     "CheckpointSkipped",
     "Event",
     "FileWritten",
+    "HostMemoryNotPinned",
     "LitterRemoved",
     "LoadFinished",
     "NoticeSourceFailed",
@@ -129,6 +130,14 @@ class PlanAgreed(Event):
     rank: int
     is_remembered: bool
     """Whether an earlier save's plan serves, because no rank's structure has changed."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class HostMemoryNotPinned(Event):
+    """A buffer for copies from or to a device is ordinary memory: they hold the host meanwhile."""
+
+    num_bytes: int
+    reason: str
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

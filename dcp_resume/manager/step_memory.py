@@ -16,6 +16,7 @@ from torch.utils.hooks import RemovableHandle
 from dcp_resume.manager.fsdp1 import is_fsdp1
 from dcp_resume.manager.stateful import optimizers_of
 from dcp_resume.session.copies import AtOnce, Copies, LateCopies, StepMemory, StepTensor
+from dcp_resume.session.device_copies import beside_trainer
 
 __all__ = ["StepGuard", "step_memory"]
 
@@ -71,9 +72,7 @@ def _held(key: str, optimizer: Optimizer) -> Iterator[StepTensor]:
                 tensors[f"{place}.{name}"] = value
             for name, tensor in tensors.items():
                 if isinstance(tensor, torch.Tensor):
-                    local = _local(tensor)
-                    if local.device.type == "cpu":
-                        yield StepTensor(name, tensor, local)
+                    yield StepTensor(name, tensor, _local(tensor))
 
 
 def _changing(module: Module) -> Iterator[torch.Tensor]:
@@ -95,9 +94,10 @@ class StepGuard:
         self._copies: Copies = AtOnce()
         self._hook: RemovableHandle | None = None
 
-    def late_copies(self, state: Mapping[str, Any]) -> LateCopies:
+    def late_copies(self, state: Mapping[str, Any]) -> Copies:
         """The copies of a new save of ``state``, for which optimizers wait from now on."""
-        copies = LateCopies(step_memory(state))
+        memory = step_memory(state)
+        copies = beside_trainer(LateCopies(memory), memory)
         self.watch(copies)
         return copies
 

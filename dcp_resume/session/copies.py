@@ -19,7 +19,7 @@ import torch
 from dcp_resume.errors import Problem, StateError
 from dcp_resume.problems import summarise
 
-__all__ = ["AtOnce", "Copies", "LateCopies", "StepMemory", "StepTensor"]
+__all__ = ["AtOnce", "Copies", "LateCopies", "StepMemory", "StepTensor", "changed_early"]
 
 _MIN_LATE_BYTES = 32 * 1024
 """Smaller copies cost less than to queue them."""
@@ -34,6 +34,9 @@ class Copies(Protocol):
 
     def copy(self, place: torch.Tensor, source: torch.Tensor) -> None:
         """Copy ``source`` into ``place``, a flat uint8 buffer of its bytes, now or later."""
+
+    def close(self) -> None:
+        """No further copy is asked for: from now on the caller may do what the save allows."""
 
     @property
     def are_done(self) -> bool:
@@ -65,6 +68,9 @@ class AtOnce:
         """Copy."""
         _fill(place, source)
 
+    def close(self) -> None:
+        """Nothing is left."""
+
     def drain(self) -> None:
         """Nothing is left."""
 
@@ -92,7 +98,7 @@ class StepTensor:
     tensor: torch.Tensor
     """Its version counts the changes; a DTensor counts for its local tensor."""
     memory: torch.Tensor
-    """The local tensor, on the CPU."""
+    """The local tensor."""
 
 
 class StepMemory:
@@ -120,12 +126,14 @@ class StepMemory:
         self._found = found
 
     def owner_of(self, view: torch.Tensor) -> StepTensor | None:
-        """The tensor that the memory of a CPU ``view`` is a part of; None if there is none."""
+        """The tensor that the memory of ``view`` is a part of; None if there is none."""
         start, end = _span(view)
         number = bisect_right(self._starts, start) - 1
         if number < 0 or self._found[number][1] < end:
             return None
-        return self._found[number][2]
+        owner = self._found[number][2]
+        # Not every device has addresses that no other has.
+        return owner if owner.memory.device == view.device else None
 
 
 def _span(tensor: torch.Tensor) -> tuple[int, int]:
@@ -175,6 +183,11 @@ class LateCopies:
         pairs = zip(torch.split(place, length * source.element_size()), pieces, strict=True)
         self._queue.extend(pairs)
 
+    def close(self) -> None:
+        """The queue, if there is one, is worked off by whoever comes first."""
+        if not self._all:
+            self.drain()
+
     @property
     def are_done(self) -> bool:
         """Whether the caller may change every source."""
@@ -199,7 +212,7 @@ class LateCopies:
         with self._changed:
             self._changed.wait_for(lambda: not self._queue and not self._running)
             if not self._are_done:
-                self._failure = self._failure or _changed_early(self._all)
+                self._failure = self._failure or changed_early(self._all)
                 self._all = []
                 self._memory = StepMemory((), ())  # lets go of the trainer's tensors
                 self._are_done = True
@@ -246,7 +259,8 @@ class LateCopies:
             self._changed.notify_all()
 
 
-def _changed_early(copied: Iterable[tuple[StepTensor, int]]) -> StateError | None:
+def changed_early(copied: Iterable[tuple[StepTensor, int]]) -> StateError | None:
+    """Tell of tensors that are no longer of the version they had at the save; None if all are."""
     names = dict.fromkeys(o.name for o, version in copied if o.tensor._version != version)
     if not names:
         return None

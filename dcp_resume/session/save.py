@@ -32,7 +32,8 @@ from dcp_resume.planning.local_plans import local_plan
 from dcp_resume.planning.plans import LocalPlan
 from dcp_resume.planning.state import LocalState, describe_state
 from dcp_resume.session.attempt import Attempt, Order, Run
-from dcp_resume.session.copies import AtOnce, Copies
+from dcp_resume.session.copies import AtOnce, Copies, StepMemory
+from dcp_resume.session.device_copies import beside_trainer
 from dcp_resume.session.documents import Facts
 from dcp_resume.session.incremental import IncrementalSave
 from dcp_resume.session.milestones import Milestones
@@ -170,10 +171,11 @@ class SaveSession:
 
         self._reach(2)
         self._stage_started = time.monotonic()
-        self._copies = copies or AtOnce()
+        self._copies = copies or beside_trainer(AtOnce(), StepMemory((), ()))
         source = RankSource(described.tensors, described.per_rank_leaves)
         try:
             self._staged = stage_rank(rank_plan, source, pool, self._copies)
+            self._copies.close()
         except Exception as error:
             # The others are past this step: they hear of it, with its cause, when they report.
             self._failure = error

@@ -16,6 +16,7 @@ import torch
 
 from dcp_resume.format.tensor_bytes import as_bytes
 from dcp_resume.session.copies import Copies
+from dcp_resume.session.host_memory import HostMemory, allocate
 
 __all__ = ["BufferPool", "StagedFile", "borrow_chunks", "snapshot", "stage_chunks"]
 
@@ -31,29 +32,33 @@ class BufferPool:
     may still read it.
     """
 
-    _free: list[torch.Tensor] = field(default_factory=list)
+    _free: dict[HostMemory, list[torch.Tensor]] = field(
+        default_factory=lambda: {memory: [] for memory in HostMemory}
+    )
     _lock: threading.Lock = field(default_factory=threading.Lock)
 
-    def take(self, num_bytes: int) -> torch.Tensor:
+    def take(self, num_bytes: int, memory: HostMemory) -> torch.Tensor:
         """A uint8 buffer of at least ``num_bytes``, with undefined contents."""
         wanted = max(1, -(-num_bytes // _GRAIN)) * _GRAIN
         with self._lock:
-            fitting = [b for b in self._free if wanted <= b.numel() <= 2 * wanted]
+            free = self._free[memory]
+            fitting = [b for b in free if wanted <= b.numel() <= 2 * wanted]
             if fitting:
                 best = min(fitting, key=torch.Tensor.numel)
-                self._free = [b for b in self._free if b is not best]
+                self._free[memory] = [b for b in free if b is not best]
                 return best
-        return torch.empty(wanted, dtype=torch.uint8)
+        return allocate(wanted, memory)
 
-    def give_back(self, buffer: torch.Tensor) -> None:
+    def give_back(self, buffer: torch.Tensor, memory: HostMemory) -> None:
         """Return a buffer that no one reads any more."""
         with self._lock:
-            self._free.append(buffer)
+            self._free[memory].append(buffer)
 
     def clear(self) -> None:
         """Drop all free buffers."""
         with self._lock:
-            self._free.clear()
+            for free in self._free.values():
+                free.clear()
 
 
 @dataclass(slots=True)
@@ -65,6 +70,7 @@ class StagedFile:
     """Bytes of each chunk."""
     _pool: BufferPool | None = None
     _buffer: torch.Tensor | None = None
+    _memory: HostMemory = HostMemory.PAGEABLE
 
     def chunks(self) -> Iterator[memoryview]:
         """The bytes of each chunk."""
@@ -81,7 +87,7 @@ class StagedFile:
         """Say that the bytes have been read for the last time."""
         self.buffers = []
         if self._pool is not None and self._buffer is not None:
-            self._pool.give_back(self._buffer)
+            self._pool.give_back(self._buffer, self._memory)
         self._pool = self._buffer = None
 
 
@@ -100,7 +106,9 @@ def stage_chunks(views: Sequence[torch.Tensor], pool: BufferPool, copies: Copies
     When ``copies`` are done the caller may change the tensors.
     """
     lengths = [view.nbytes for view in views]
-    buffer = pool.take(sum(lengths))
+    is_host = all(view.device.type == "cpu" for view in views)
+    memory = HostMemory.PAGEABLE if is_host else HostMemory.PINNED
+    buffer = pool.take(sum(lengths), memory)
     filled = buffer[: sum(lengths)]
     with torch.no_grad():
         for view, place in zip(views, filled.split_with_sizes(lengths), strict=True):
@@ -108,7 +116,7 @@ def stage_chunks(views: Sequence[torch.Tensor], pool: BufferPool, copies: Copies
             if source.is_conj() or source.is_neg():
                 source = source.resolve_conj().resolve_neg()
             copies.copy(place, source)
-    return StagedFile([as_bytes(filled)], lengths, pool, buffer)
+    return StagedFile([as_bytes(filled)], lengths, pool, buffer, memory)
 
 
 def snapshot(state: Any) -> Any:
