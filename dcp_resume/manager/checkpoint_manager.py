@@ -25,7 +25,7 @@ from dcp_resume.manager.trainer_state import Ancestor, check_trainer, note_ances
 from dcp_resume.manifest.history import CommitEntry, RunHistory
 from dcp_resume.manifest.models import TrainerFacts
 from dcp_resume.session.attempt import Run
-from dcp_resume.session.copies import AtOnce
+from dcp_resume.session.device_copies import prompt_copies
 from dcp_resume.session.documents import Facts
 from dcp_resume.session.load import LoadOptions, LoadResult, locate
 from dcp_resume.session.located import Located
@@ -35,7 +35,7 @@ from dcp_resume.session.quarantining import Damage, give_up
 from dcp_resume.session.ranks import Ranks
 from dcp_resume.session.run_log import RunLog
 from dcp_resume.session.save import SaveResult, SaveSession
-from dcp_resume.session.staging import BufferPool
+from dcp_resume.session.staging import Borrowed, Buffered, BufferPool
 from dcp_resume.session.unchanged import ChunkMemory, Unchanged
 from dcp_resume.storage import open_store
 
@@ -166,7 +166,7 @@ class CheckpointManager:
             chunks=self._chunks,
         )
         is_blocking = self.settings.mode is SaveMode.BLOCKING
-        pool = None if is_blocking else self._pool
+        staging = Borrowed(self._pool) if is_blocking else Buffered(self._pool)
 
         bounds: list[Bound] = []
 
@@ -176,9 +176,9 @@ class CheckpointManager:
             return bounds[0].state_dict()
 
         is_lazy = self.settings.mode is SaveMode.LAZY
-        copies = self._step_guard.late_copies(state) if is_lazy else AtOnce()
+        copies = self._step_guard.late_copies(state) if is_lazy else prompt_copies()
         try:
-            session.stage(collect, pool, copies)
+            session.stage(collect, staging, copies)
             if is_blocking:
                 future: Future[SaveResult] = Future()
                 future.set_result(self._finish(session, step))

@@ -15,8 +15,8 @@ from torch.utils.hooks import RemovableHandle
 
 from dcp_resume.manager.fsdp1 import is_fsdp1
 from dcp_resume.manager.stateful import optimizers_of
-from dcp_resume.session.copies import AtOnce, Copies, LateCopies, StepMemory, StepTensor
-from dcp_resume.session.device_copies import beside_trainer
+from dcp_resume.session.copies import AtOnce, Copies, StepMemory, StepTensor
+from dcp_resume.session.device_copies import late_copies
 
 __all__ = ["StepGuard", "step_memory"]
 
@@ -96,8 +96,7 @@ class StepGuard:
 
     def late_copies(self, state: Mapping[str, Any]) -> Copies:
         """The copies of a new save of ``state``, for which optimizers wait from now on."""
-        memory = step_memory(state)
-        copies = beside_trainer(LateCopies(memory), memory)
+        copies = late_copies(step_memory(state))
         self.watch(copies)
         return copies
 

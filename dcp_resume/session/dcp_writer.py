@@ -39,10 +39,11 @@ from dcp_resume.planning.plans import LocalPlan, RankPlan
 from dcp_resume.planning.save_planner import ColumnarStorageMeta, columns_of
 from dcp_resume.planning.save_planner import SavePlanner as OurSavePlanner
 from dcp_resume.session.attempt import Attempt, Order
+from dcp_resume.session.device_copies import prompt_copies
 from dcp_resume.session.documents import Facts
 from dcp_resume.session.incarnation import incarnation_of
 from dcp_resume.session.save import SaveResult, SaveSession
-from dcp_resume.session.staging import snapshot
+from dcp_resume.session.staging import Borrowed, Buffered, snapshot
 from dcp_resume.session.tensor_digests import TensorDigests
 from dcp_resume.session.writing import (
     ChunkSource,
@@ -144,7 +145,7 @@ class Writer(StorageWriter):
                 option="votes",
             )
         incarnation = incarnation_of(self._url, self._storage_options, self._signing)
-        self._begin_session().stage(state_dict, incarnation.pool)
+        self._begin_session().stage(state_dict, Buffered(incarnation.pool))
         return state_dict
 
     def synchronize_staging(self) -> None:
@@ -243,11 +244,12 @@ class Writer(StorageWriter):
             SaveError: With ``votes="store"``: the save did not commit.
         """
         results: Future[list[WriteResult]] = Future()
+        incarnation = incarnation_of(self._url, self._storage_options, self._signing)
         if self._votes == "store":
             session = self._session
             if session is None:
                 session = self._begin_session()
-                session.stage(_nested_state(planner), None)
+                session.stage(_nested_state(planner), Borrowed(incarnation.pool))
             self._session = None
             self.result = session.finish()
             results.set_result([])
@@ -255,12 +257,22 @@ class Writer(StorageWriter):
         order = Order.from_bytes(plan.storage_data)
         rank_plan = RankPlan.from_bytes(plan.storage_data[Order.NUM_BYTES :])
         source, values = _source(plan, planner)
-        store = incarnation_of(self._url, self._storage_options, self._signing).store
-        staged = stage_rank(rank_plan, source, None)
-        num_bytes = staged.num_bytes
-        report = write_rank(
-            staged, store, order.prefix, order.block_size, order.algorithm, order.tensor_digests
-        )
+        copies = prompt_copies()
+        staged = stage_rank(rank_plan, source, Borrowed(incarnation.pool), copies)
+        try:
+            copies.finish()
+            num_bytes = staged.num_bytes
+            report = write_rank(
+                staged,
+                incarnation.store,
+                order.prefix,
+                order.block_size,
+                order.algorithm,
+                order.tensor_digests,
+            )
+        finally:
+            copies.abandon()
+            staged.release()
         data = [report.to_bytes(), pack_leaves(values)]
         results.set_result([WriteResult(MetadataIndex("~report"), num_bytes, data)])
         return results

@@ -19,10 +19,17 @@ from dataclasses import dataclass
 import torch
 
 from dcp_resume.errors import StateError
-from dcp_resume.session.copies import Copies, StepMemory, StepTensor, changed_early
+from dcp_resume.session.copies import (
+    AtOnce,
+    Copies,
+    LateCopies,
+    StepMemory,
+    StepTensor,
+    changed_early,
+)
 from dcp_resume.session.copy_queues import Accelerators, CopyQueue, Devices, Mark
 
-__all__ = ["DeviceCopies", "beside_trainer"]
+__all__ = ["DeviceCopies", "late_copies", "prompt_copies"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -127,8 +134,17 @@ class DeviceCopies:
             self._memory = StepMemory((), ())  # lets go of the trainer's tensors
 
 
-def beside_trainer(host: Copies, memory: StepMemory) -> Copies:
-    """The copies of a save in this process: ``host`` alone where there is no accelerator."""
+def prompt_copies() -> Copies:
+    """The copies of a save after whose call the trainer may queue any change."""
+    return _beside_trainer(AtOnce(), StepMemory((), ()))
+
+
+def late_copies(memory: StepMemory) -> Copies:
+    """The copies of a save that leaves ``memory`` for later."""
+    return _beside_trainer(LateCopies(memory), memory)
+
+
+def _beside_trainer(host: Copies, memory: StepMemory) -> Copies:
     if not torch.accelerator.is_available():
         return host
     return DeviceCopies(host, memory, Accelerators())

@@ -32,13 +32,13 @@ from dcp_resume.planning.local_plans import local_plan
 from dcp_resume.planning.plans import LocalPlan
 from dcp_resume.planning.state import LocalState, describe_state
 from dcp_resume.session.attempt import Attempt, Order, Run
-from dcp_resume.session.copies import AtOnce, Copies, StepMemory
-from dcp_resume.session.device_copies import beside_trainer
+from dcp_resume.session.copies import AtOnce, Copies
+from dcp_resume.session.device_copies import prompt_copies
 from dcp_resume.session.documents import Facts
 from dcp_resume.session.incremental import IncrementalSave
 from dcp_resume.session.milestones import Milestones
 from dcp_resume.session.plan_memory import TELL_ALL, PlanMemory
-from dcp_resume.session.staging import BufferPool
+from dcp_resume.session.staging import Staging
 from dcp_resume.session.tensor_digests import TensorDigests
 from dcp_resume.session.unchanged import ChunkMemory, Unchanged
 from dcp_resume.session.votes import Votes
@@ -126,7 +126,7 @@ class SaveSession:
     def stage(
         self,
         state: Mapping[str, Any] | Callable[[], Mapping[str, Any]],
-        pool: BufferPool | None,
+        staging: Staging,
         copies: Copies | None = None,
     ) -> None:
         """Steps 1 and 2.
@@ -134,8 +134,8 @@ class SaveSession:
         Args:
             state: Nested mapping of this rank's leaves, or a function that returns it: what that
                 raises is told to all ranks.
-            pool: Buffers to copy into, or None to borrow the tensors' memory until ``finish`` ends.
-            copies: How to copy into them; by default at once. What is left is done in ``finish``.
+            staging: Where the bytes are until ``finish`` ends.
+            copies: How they get there; by default at once. What is left is done in ``finish``.
 
         Raises:
             RankErrors: A rank's state cannot be saved, or the store failed; names ranks and causes.
@@ -143,7 +143,7 @@ class SaveSession:
             StateError: The ranks' states contradict each other.
         """
         self._reach(1)
-        self._milestones.is_blocking = pool is None  # without a copy the trainer must wait
+        self._milestones.is_blocking = not staging.is_trainer_free
         started = time.monotonic()
         memory, offered = self._memory, list[tuple[LocalState, LocalPlan]]()
 
@@ -171,11 +171,10 @@ class SaveSession:
 
         self._reach(2)
         self._stage_started = time.monotonic()
-        self._copies = copies or beside_trainer(AtOnce(), StepMemory((), ()))
+        self._copies = copies or prompt_copies()
         source = RankSource(described.tensors, described.per_rank_leaves)
         try:
-            self._staged = stage_rank(rank_plan, source, pool, self._copies)
-            self._copies.close()
+            self._staged = stage_rank(rank_plan, source, staging, self._copies)
         except Exception as error:
             # The others are past this step: they hear of it, with its cause, when they report.
             self._failure = error

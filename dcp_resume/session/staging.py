@@ -10,7 +10,7 @@ import copy
 import threading
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 
@@ -18,7 +18,7 @@ from dcp_resume.format.tensor_bytes import as_bytes
 from dcp_resume.session.copies import Copies
 from dcp_resume.session.host_memory import HostMemory, allocate
 
-__all__ = ["BufferPool", "StagedFile", "borrow_chunks", "snapshot", "stage_chunks"]
+__all__ = ["Borrowed", "BufferPool", "Buffered", "StagedFile", "Staging", "snapshot"]
 
 _GRAIN = 1 << 20
 """Buffers are sized in MiB, so that a state that grows by a few bytes still finds one."""
@@ -91,39 +91,74 @@ class StagedFile:
         self._pool = self._buffer = None
 
 
-def borrow_chunks(views: Sequence[torch.Tensor]) -> StagedFile:
-    """Use the tensors' own memory, for a save that blocks until it is written.
+class Staging(Protocol):
+    """Where the bytes of a save are while its files are written."""
 
-    Only chunks that are not contiguous in CPU memory are copied.
+    @property
+    def is_trainer_free(self) -> bool:
+        """Whether the trainer may go on once the copies are made, before the files are written."""
+
+    def stage(self, views: Sequence[torch.Tensor], copies: Copies) -> StagedFile:
+        """The chunks of one file, in file order; complete when ``copies`` are finished."""
+
+
+@dataclass(frozen=True, slots=True)
+class Buffered:
+    """In buffers of a pool, so that the trainer goes on while they are written."""
+
+    pool: BufferPool
+
+    @property
+    def is_trainer_free(self) -> bool:
+        """Yes."""
+        return True
+
+    def stage(self, views: Sequence[torch.Tensor], copies: Copies) -> StagedFile:
+        """Copy all chunks of a file into one buffer."""
+        lengths = [view.nbytes for view in views]
+        memory = HostMemory.PAGEABLE if _are_on_host(views) else HostMemory.PINNED
+        buffer = self.pool.take(sum(lengths), memory)
+        filled = buffer[: sum(lengths)]
+        with torch.no_grad():
+            for view, place in zip(views, filled.split_with_sizes(lengths), strict=True):
+                source = view
+                if source.is_conj() or source.is_neg():
+                    source = source.resolve_conj().resolve_neg()
+                copies.copy(place, source)
+        return StagedFile([as_bytes(filled)], lengths, self.pool, buffer, memory)
+
+
+@dataclass(frozen=True, slots=True)
+class Borrowed:
+    """Where the trainer has them, for a save that it waits for.
+
+    Only chunks that are not contiguous are copied, and files with chunks of a device: these into
+    buffers of the pool.
     """
-    buffers = [as_bytes(view) for view in views]
-    return StagedFile(buffers, [len(buffer) for buffer in buffers])
+
+    pool: BufferPool
+
+    @property
+    def is_trainer_free(self) -> bool:
+        """No: it would change what is being written."""
+        return False
+
+    def stage(self, views: Sequence[torch.Tensor], copies: Copies) -> StagedFile:
+        """Use the tensors' own memory."""
+        if not _are_on_host(views):
+            return Buffered(self.pool).stage(views, copies)
+        buffers = [as_bytes(view) for view in views]
+        return StagedFile(buffers, [len(buffer) for buffer in buffers])
 
 
-def stage_chunks(views: Sequence[torch.Tensor], pool: BufferPool, copies: Copies) -> StagedFile:
-    """Copy the chunks into one buffer, in file order.
-
-    When ``copies`` are done the caller may change the tensors.
-    """
-    lengths = [view.nbytes for view in views]
-    is_host = all(view.device.type == "cpu" for view in views)
-    memory = HostMemory.PAGEABLE if is_host else HostMemory.PINNED
-    buffer = pool.take(sum(lengths), memory)
-    filled = buffer[: sum(lengths)]
-    with torch.no_grad():
-        for view, place in zip(views, filled.split_with_sizes(lengths), strict=True):
-            source = view
-            if source.is_conj() or source.is_neg():
-                source = source.resolve_conj().resolve_neg()
-            copies.copy(place, source)
-    return StagedFile([as_bytes(filled)], lengths, pool, buffer, memory)
+def _are_on_host(views: Sequence[torch.Tensor]) -> bool:
+    return all(view.device.type == "cpu" for view in views)
 
 
 def snapshot(state: Any) -> Any:
     """A copy of a state dict that no later change of the original reaches.
 
-    For planners that hold on to the state dict itself; it takes fresh memory, unlike
-    ``stage_chunks``.
+    For planners that hold on to the state dict itself; it takes fresh memory, unlike ``Buffered``.
     """
     if isinstance(state, torch.Tensor):
         return state.detach().clone()

@@ -23,8 +23,8 @@ from dcp_resume.planning.padding import logical_shape
 from dcp_resume.planning.plans import RankPlan
 from dcp_resume.planning.state import PER_RANK_LEAVES
 from dcp_resume.session.box_digests import digest_row_major
-from dcp_resume.session.copies import AtOnce, Copies
-from dcp_resume.session.staging import BufferPool, StagedFile, borrow_chunks, stage_chunks
+from dcp_resume.session.copies import Copies
+from dcp_resume.session.staging import StagedFile, Staging
 from dcp_resume.session.tensor_digests import TensorDigests
 from dcp_resume.storage import ObjectStore
 
@@ -138,31 +138,31 @@ class StagedRank:
 def stage_rank(
     plan: RankPlan,
     source: ChunkSource,
-    pool: BufferPool | None,
-    copies: Copies | None = None,
+    staging: Staging,
+    copies: Copies,
 ) -> StagedRank:
     """Collect the chunks of the plan.
 
     Args:
         plan: What to write.
         source: The rank's memory.
-        pool: Buffers to copy into; None to use the tensors' own memory, which must then stay as it
-            is until the files are written.
-        copies: How to copy into them; by default at once.
+        staging: Where its bytes are until the files are written.
+        copies: How they get there; closed by this, so that the caller has only to finish them.
     """
-    copies = copies or AtOnce()
     views: list[list[torch.Tensor]] = [[] for _ in plan.files]
     chunks: list[list[PlacedChunk]] = [[] for _ in plan.files]
     for file, (view, chunk) in zip(plan.file.tolist(), source.chunks(plan), strict=True):
         views[file].append(view)
         chunks[file].append(chunk)
-    return StagedRank(
+    staged = StagedRank(
         names=[file.name for file in plan.files],
         parts=[file.part for file in plan.files],
         headers=[header_bytes([chunk.line for chunk in own]) for own in chunks],
-        files=[borrow_chunks(v) if pool is None else stage_chunks(v, pool, copies) for v in views],
+        files=[staging.stage(own, copies) for own in views],
         chunks=chunks,
     )
+    copies.close()
+    return staged
 
 
 @dataclass(frozen=True, slots=True)

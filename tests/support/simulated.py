@@ -19,9 +19,11 @@ from dcp_resume.planning.placements import AxisSplit, HeldBox, held_boxes
 from dcp_resume.planning.state import LocalState
 from dcp_resume.session.attempt import Attempt
 from dcp_resume.session.commit import Committed, choose_newest
+from dcp_resume.session.copies import AtOnce
 from dcp_resume.session.documents import Facts
 from dcp_resume.session.ownership import own_run
 from dcp_resume.session.run_log import RunLog
+from dcp_resume.session.staging import Borrowed, BufferPool
 from dcp_resume.session.votes import LonelyVotes
 from dcp_resume.session.writing import RankSource, stage_rank, write_rank
 from dcp_resume.storage import open_store
@@ -148,7 +150,7 @@ def save_simulated(
     for rank, state in enumerate(states):
         order, plan = attempt.order, attempt.plan.rank_plan(rank)
         source = RankSource(state.tensors, state.per_rank_leaves)
-        staged = stage_rank(plan, source, None)
+        staged = stage_rank(plan, source, Borrowed(BufferPool()), AtOnce())
         reports.append(write_rank(staged, store, order.prefix, order.block_size))
     trainer = TrainerFacts(step=step, consumed_samples=7 * step, metrics={"loss": 1.5})
     return attempt.commit(reports, Facts(trainer, {"layers": 4}))

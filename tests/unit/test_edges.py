@@ -48,6 +48,7 @@ from dcp_resume.session.ownership import own_run
 from dcp_resume.session.reading import NUM_READERS, read_targets
 from dcp_resume.session.run_log import RunLog
 from dcp_resume.session.save import SaveSession
+from dcp_resume.session.staging import Borrowed, BufferPool
 from dcp_resume.session.targets import target_of
 from dcp_resume.session.votes import LonelyVotes
 from dcp_resume.storage import open_store
@@ -357,7 +358,7 @@ def test_a_coordinator_that_lost_the_votes_still_knows_that_it_committed(tmp_pat
     log = RunLog(store)
     run = own_run(store, log, LonelyVotes(), choose_newest, is_probed=False)
     session = SaveSession(run, Losing(), step=1, facts=Facts(TrainerFacts(step=1)))
-    session.stage({"w": filled(1)}, None)
+    session.stage({"w": filled(1)}, Borrowed(BufferPool()))
 
     assert session.finish().step == 1
     assert [record.step for record in log.refresh().commits.values()] == [1]
