@@ -41,11 +41,11 @@ from dcp_resume.manifest.boxes import Box
 from dcp_resume.manifest.keys import MANIFEST_NAME
 from dcp_resume.manifest.signing import UNSIGNED, Signing
 from dcp_resume.problems import summarise
+from dcp_resume.session.device_loads import fill
 from dcp_resume.session.incarnation import incarnation_of
 from dcp_resume.session.located import Located
 from dcp_resume.session.opening import OpenedCheckpoint, open_checkpoint
-from dcp_resume.session.reading import read_targets
-from dcp_resume.session.targets import Apply, Target, settle, target_of
+from dcp_resume.session.targets import Apply, DeviceTarget, Target, settle, target_of
 from dcp_resume.session.values import StoredValue, read_values
 from dcp_resume.storage import ObjectStore
 
@@ -277,9 +277,9 @@ class Reader(StorageReader):
                 problems=tuple(problems),
             )
 
-    def _read(self, targets: list[Target]) -> None:
+    def _read(self, targets: list[Target | DeviceTarget]) -> None:
         store = incarnation_of(self._url, self._storage_options, self._signing).store
-        outcome = read_targets(store, self.opened, targets)
+        outcome = fill(store, self.opened, targets)
         if not outcome.problems:
             settle(targets)
             return

@@ -36,11 +36,12 @@ from dcp_resume.manifest.signing import ANYONE, Trust
 from dcp_resume.planning.state import LocalState
 from dcp_resume.problems import summarise
 from dcp_resume.session.compare import LoadReport, Strictness, compare_state
+from dcp_resume.session.device_loads import fill
 from dcp_resume.session.loaded_tensors import prove_loaded, unrecorded
 from dcp_resume.session.located import Located
 from dcp_resume.session.opening import OpenedCheckpoint, check_files, open_checkpoint
-from dcp_resume.session.reading import ReadOutcome, read_targets
-from dcp_resume.session.targets import Apply, Target, settle, target_of, targets_of
+from dcp_resume.session.reading import ReadOutcome
+from dcp_resume.session.targets import Apply, DeviceTarget, Target, settle, target_of, targets_of
 from dcp_resume.session.tensor_digests import Prove
 from dcp_resume.session.values import (
     StoredValue,
@@ -258,7 +259,7 @@ class LoadSession:
         outcomes: list[ReadOutcome] = []
 
         def work() -> bytes:
-            outcomes.append(read_targets(self._store, self.opened, targets))
+            outcomes.append(fill(self._store, self.opened, targets))
             return _encode_outcome(outcomes[0], self.options.apply)
 
         self._votes.round("read", work, self._judge)
@@ -286,9 +287,9 @@ class LoadSession:
             duration_s=duration,
         )
 
-    def _targets(self, state: LocalState) -> list[Target]:
+    def _targets(self, state: LocalState) -> list[Target | DeviceTarget]:
         apply = self.options.apply
-        targets: list[Target] = []
+        targets: list[Target | DeviceTarget] = []
         for held in state.distinct_tensors():
             fqn = state.stored_name(held.entry.fqn, self.opened.tensor_ids)
             if fqn is None:

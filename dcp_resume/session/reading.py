@@ -36,6 +36,13 @@ class ReadOutcome:
     written_fqns: set[str] = field(default_factory=set)
     problems: list[Problem] = field(default_factory=list)
 
+    def add(self, other: ReadOutcome) -> None:
+        """What happened to further reads."""
+        self.num_bytes += other.num_bytes
+        self.needed_bytes += other.needed_bytes
+        self.written_fqns |= other.written_fqns
+        self.problems += other.problems
+
 
 def plan_targets(
     opened: OpenedCheckpoint, targets: Sequence[Target], read_bytes: int

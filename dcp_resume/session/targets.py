@@ -13,7 +13,7 @@ from dcp_resume.manifest.boxes import Box
 from dcp_resume.planning.held import HeldPiece
 from dcp_resume.planning.padding import inside_of, outside_of
 
-__all__ = ["Apply", "Target", "settle", "target_of", "targets_of"]
+__all__ = ["Apply", "DeviceTarget", "Target", "settle", "target_of", "targets_of"]
 
 
 class Apply(Enum):
@@ -40,7 +40,21 @@ class Target:
     """What ``memory`` is the bytes of, or zeros of which nothing is stored."""
 
 
-def target_of(fqn: str, box: Box, view: torch.Tensor, apply: Apply) -> Target:
+@dataclass(frozen=True, slots=True)
+class DeviceTarget:
+    """One wanted box, and the memory of an accelerator that it is sent to."""
+
+    fqn: str
+    piece: HeldPiece
+    """In the coordinates of the stored tensor."""
+
+    @property
+    def num_bytes(self) -> int:
+        """Of the box."""
+        return self.piece.memory.nbytes
+
+
+def target_of(fqn: str, box: Box, view: torch.Tensor, apply: Apply) -> Target | DeviceTarget:
     """The target of one wanted box.
 
     Args:
@@ -49,11 +63,10 @@ def target_of(fqn: str, box: Box, view: torch.Tensor, apply: Apply) -> Target:
         view: The trainer's memory of the box, of the same shape.
         apply: When the memory may change.
     """
+    if apply is Apply.IN_PLACE and view.device.type != "cpu":
+        return DeviceTarget(fqn, HeldPiece(box, view))
     is_direct = (
-        apply is Apply.IN_PLACE
-        and view.device.type == "cpu"
-        and view.is_contiguous()
-        and not (view.is_conj() or view.is_neg())
+        apply is Apply.IN_PLACE and view.is_contiguous() and not (view.is_conj() or view.is_neg())
     )
     if is_direct:
         return Target(fqn, box, as_bytes(view), None, None)
@@ -63,7 +76,7 @@ def target_of(fqn: str, box: Box, view: torch.Tensor, apply: Apply) -> Target:
 
 def targets_of(
     fqn: str, piece: HeldPiece, stored_shape: tuple[int, ...], apply: Apply
-) -> Iterator[Target]:
+) -> Iterator[Target | DeviceTarget]:
     """The targets of one held box: what is stored of it, and rows of padding that are not.
 
     Args:
@@ -87,9 +100,9 @@ def _padding_target(fqn: str, view: torch.Tensor) -> Target:
     return Target(fqn, nothing, memoryview(b""), view, zeros)
 
 
-def settle(targets: Iterable[Target]) -> None:
+def settle(targets: Iterable[Target | DeviceTarget]) -> None:
     """Copy what was read beside the trainer's memory into it."""
     with torch.no_grad():
         for target in targets:
-            if target.view is not None and target.copy is not None:
+            if isinstance(target, Target) and target.view is not None and target.copy is not None:
                 target.view.copy_(target.copy)

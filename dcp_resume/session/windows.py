@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from dcp_resume.errors import ConfigurationError
 from dcp_resume.manifest.boxes import Box
@@ -33,6 +33,16 @@ class Window:
     numbers: list[int] = field(default_factory=list)
     """Per target the position of its box among those asked for."""
     num_bytes: int = 0
+
+    def moved_to(self, memory: memoryview) -> Window:
+        """The same window, to be read into other memory of the same size."""
+        moved = Window(numbers=self.numbers, num_bytes=self.num_bytes)
+        start = 0
+        for target in self.targets:
+            stop = start + len(target.memory)
+            moved.targets.append(replace(target, memory=memory[start:stop]))
+            start = stop
+        return moved
 
 
 def check_window(window_bytes: int) -> None:
