@@ -11,6 +11,7 @@ import torch
 from dcp_resume import Apply, CheckpointManager, LoadOptions
 from dcp_resume.errors import CorruptData, PartialLoad
 from dcp_resume.session.device_loads import WINDOW_BYTES
+from tests.device.busy import keep_busy
 from tests.support.damage import flip
 
 DTYPES = [torch.float64, torch.bfloat16, torch.uint8, torch.bool, torch.complex64]
@@ -40,13 +41,27 @@ def test_every_dtype_and_shape_arrives_through_the_windows(tmp_path, device, app
     loaded = on(device, {name: torch.zeros_like(tensor) for name, tensor in saved.items()})
     strided = torch.zeros(1111, 900, device=device)
     loaded["wide"] = strided.t()
-    for _ in range(50):
-        strided.fill_(1)  # what was queued before the load must not come after it
     with CheckpointManager(tmp_path) as checkpoints:
-        checkpoints.save(1, on(device, saved))
+        checkpoints.save(1, on(device, saved)).result()
+        keep_busy(device, 15)  # longer than it takes to read three windows
+        for tensor in loaded.values():
+            tensor.fill_(1)  # queued before the load, and done before it
         checkpoints.load(loaded, 1, options=LoadOptions(apply=apply))
     for name, tensor in saved.items():
         assert torch.equal(loaded[name].cpu(), tensor), name
+
+
+def test_when_a_load_returns_all_is_on_the_device(tmp_path, device):
+    saved = values(2)
+    loaded = on(device, {name: torch.zeros_like(tensor) for name, tensor in saved.items()})
+    with CheckpointManager(tmp_path) as checkpoints:
+        checkpoints.save(1, on(device, saved)).result()
+        keep_busy(device, 20)  # longer than all else of a load
+        checkpoints.load(loaded, 1)
+        with torch.Stream(device=device):  # which waits for no other
+            found = {name: tensor.cpu() for name, tensor in loaded.items()}
+    for name, tensor in saved.items():
+        assert torch.equal(found[name], tensor), name
 
 
 def test_damage_is_found_before_its_bytes_reach_the_device(tmp_path, device):

@@ -14,18 +14,9 @@ from dcp_resume.manager.step_memory import step_memory
 from dcp_resume.session.copies import StepMemory
 from dcp_resume.session.device_copies import late_copies, prompt_copies
 from dcp_resume.session.host_memory import HostMemory, allocate
+from tests.device.busy import keep_busy
 
 WIDTH = 64
-
-
-def keep_busy(device: torch.device) -> None:
-    """Queue about 0.1 s of work."""
-    if device.type == "cuda":
-        torch.cuda._sleep(200_000_000)
-        return
-    dummy = torch.zeros(1, device=device)
-    for _ in range(500):
-        dummy.zero_()
 
 
 class Trainer:
@@ -65,7 +56,7 @@ def test_each_of_many_saves_has_the_state_at_its_call_while_the_trainer_goes_on(
         for step in range(1, 5):
             trainer.step()
             values = trainer.values()
-            keep_busy(device)
+            keep_busy(device, 1)
             pending = checkpoints.save(step, trainer.state)
             for _ in range(2):
                 trainer.step()
@@ -83,7 +74,7 @@ def test_the_host_waits_for_no_copy_and_a_step_is_held_on_the_device(device, is_
     for place in places:
         place.fill_(255)
     values = [p.detach().cpu() + 1 for p in model]
-    keep_busy(device)
+    keep_busy(device, 1)
     with torch.no_grad():
         for parameter in model:
             parameter.add_(torch.ones((), device=device))  # before the save, and not yet done
