@@ -20,6 +20,7 @@ import numpy as np
 from dcp_resume.format.digests import DigestAlgorithm
 from dcp_resume.format.leaves import pack_leaves
 from dcp_resume.manifest.models import MeshEntry, TensorEntry, TrainerFacts
+from dcp_resume.planning.box_rows import Boxes
 from dcp_resume.planning.merge import GlobalPlan
 from dcp_resume.planning.plans import LocalPlan, PlanContents, PlanShape, encode_structure
 from dcp_resume.session.documents import (
@@ -95,8 +96,8 @@ def offered(ranks: int, tensors: int) -> Iterator[LocalPlan]:
             world_size=ranks,
             structure=structure,
             tensor=np.arange(tensors, dtype=np.int32),
-            offsets=np.tile(np.array([rank, 0]), (tensors, 1)),
-            sizes=np.tile(np.array([1, WIDTH]), (tensors, 1)),
+            box=np.zeros(tensors, np.int32),
+            boxes=Boxes(np.array([[rank, 0]]), np.array([[1, WIDTH]])),
             compared=np.zeros(0, np.int32),
         )
         yield LocalPlan(shape, PlanContents(b"", pack_leaves({})))

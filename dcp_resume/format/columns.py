@@ -66,7 +66,10 @@ def pack_columns(magic: bytes, columns: Columns, meta: Mapping[str, Json]) -> by
     header += b" " * (-(PREFIX_BYTES + len(header)) % ALIGNMENT)
     if len(header) > MAX_HEADER:
         raise ValueError(f"a header of columns holds at most {MAX_HEADER} bytes: {len(header)}")
-    payload = [columns[name].astype(f"<{types[name]}", copy=False).tobytes() for name in names]
+    payload = [
+        np.ascontiguousarray(columns[name].astype(f"<{types[name]}", copy=False)).data
+        for name in names
+    ]
     return b"".join([magic, len(header).to_bytes(8, "little"), header, *payload])
 
 

@@ -64,11 +64,15 @@ def unite(plans: Sequence[PlanShape]) -> Union:
             f"declare the same layouts on every rank",
             problems=tuple(problems),
         )
-    is_own = np.zeros(len(tensors), bool)
+    held: dict[bytes, list[npt.NDArray[np.int32]]] = {}
     for plan in plans:
+        held.setdefault(plan.structure, []).append(plan.tensor)
+    is_own = np.zeros(len(tensors), bool)
+    for structure, columns in held.items():
         # A rank whose shard is empty cannot tell that it is tied, and has no say.
-        held = plan.tensor[own[plan.structure][plan.tensor]]
-        is_own[np.asarray(global_ids[plan.structure], np.int64)[held]] = True
+        is_held = np.zeros(len(own[structure]), bool)
+        is_held[np.concatenate(columns)] = True
+        is_own[np.asarray(global_ids[structure], np.int64)[is_held & own[structure]]] = True
     return Union(tuple(tensors), meshes, global_ids, is_own)
 
 
