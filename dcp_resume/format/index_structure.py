@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
@@ -18,7 +18,7 @@ from dcp_resume.format.box_table import MAX_TOTAL_BYTES, shape_fault
 from dcp_resume.format.chunk_index import UNUSED, ChunkIndex
 from dcp_resume.format.digests import BlockRule
 from dcp_resume.format.dtypes import ITEMSIZES
-from dcp_resume.format.tiling import tiling_faults
+from dcp_resume.format.tiling import TilingFault, tiling_faults
 from dcp_resume.manifest.models import TensorEntry
 
 __all__ = ["MAX_REPORTED", "IndexStructure"]
@@ -60,39 +60,49 @@ class IndexStructure:
     @cached_property
     def box_problems(self) -> tuple[Problem, ...]:
         """Chunks that do not lie in their tensors; after ``id_problems``."""
-        index, row = self.index, self._tensor_row
+        index = self.index
+        _, tensor, box = self._samples
+        unequal, outside = self._outside(tensor, box)
+        if (unequal | outside).any():
+            # By name, among all chunks.
+            unequal, outside = self._outside(self._tensor_row, index.chunk_box)
+            what = "has another number of dimensions"
+            problems = self.report(np.flatnonzero(unequal), "ndim", what)
+            what = "reaches out of its tensor"
+            return (*problems, *self.report(np.flatnonzero(outside & ~unequal), "bounds", what))
+        volume = np.prod(index.box_sizes, axis=1, dtype=np.float64)[index.chunk_box]
+        held = np.bincount(self._tensor_row, volume, len(self.tensors) + 1)
+        if held @ np.append(np.asarray(self._itemsizes, float), 1.0) > MAX_TOTAL_BYTES:
+            message = f"chunks of more than {MAX_TOTAL_BYTES} bytes in all"
+            return (Problem("chunk-index", "size", message),)
+        return ()
+
+    def _outside(
+        self, tensor: npt.NDArray[Any], box: npt.NDArray[Any]
+    ) -> tuple[npt.NDArray[np.bool_], npt.NDArray[np.bool_]]:
+        """Of chunks, which have not the dimensions of their tensors, and which are not in them."""
+        index = self.index
         shapes = [entry.global_shape for entry in self.tensors] + [(2**63 - 1,)]
         ndim = np.array([len(shape) for shape in shapes])
-        unequal = index.box_ndim[index.chunk_box] != ndim[row]
-        what = "has another number of dimensions"
-        problems = self.report(np.flatnonzero(unequal), "ndim", what)
-        outside = np.zeros(len(row), bool)
+        outside = np.zeros(len(tensor), bool)
         for dim in range(index.box_offsets.shape[1]):
             extent = np.array([shape[dim] if dim < len(shape) else 1 for shape in shapes])
             # By subtraction: the sum of a hostile offset and size would overflow.
-            room = extent[row] - index.box_sizes[:, dim][index.chunk_box]
-            outside |= (room < 0) | (index.box_offsets[:, dim][index.chunk_box] > room)
-        what = "reaches out of its tensor"
-        problems += self.report(np.flatnonzero(outside & ~unequal), "bounds", what)
-        claimed = np.append(np.asarray(self._itemsizes, float), 1.0)
-        volume = np.prod(index.box_sizes, axis=1, dtype=np.float64)[index.chunk_box]
-        if not problems and (volume * claimed[row]).sum() > MAX_TOTAL_BYTES:
-            message = f"chunks of more than {MAX_TOTAL_BYTES} bytes in all"
-            problems = [Problem("chunk-index", "size", message)]
-        return tuple(problems)
+            room = extent[tensor] - index.box_sizes[box, dim]
+            outside |= (room < 0) | (index.box_offsets[box, dim] > room)
+        return index.box_ndim[box] != ndim[tensor], outside
 
     @cached_property
     def tiling_problems(self) -> tuple[Problem, ...]:
         """Tensors that their chunks do not cover exactly once; after ``box_problems``."""
-        index = self.index
-        used = np.flatnonzero(index.chunk_tensor != UNUSED)
-        faults = tiling_faults(
-            index.chunk_tensor[used].astype(np.int64),
-            index.chunk_box[used],
-            index.box_offsets,
-            index.box_sizes,
-            [None if entry.kind == "alias" else entry.global_shape for entry in self.tensors],
-        )
+        samples, tensor, box = self._samples
+        is_used = tensor < len(self.tensors)
+        shapes = [s if t in samples else None for t, s in enumerate(self._shapes)]
+        if not self._tiling_faults(tensor[is_used], box[is_used], shapes):
+            return ()
+        used = np.flatnonzero(self.index.chunk_tensor != UNUSED)
+        tensor = self.index.chunk_tensor[used].astype(np.int64)
+        faults = self._tiling_faults(tensor, self.index.chunk_box[used], self._shapes)
         return tuple(
             Problem(
                 self.tensors[fault.tensor].fqn,
@@ -102,6 +112,36 @@ class IndexStructure:
             for fault in faults[:MAX_REPORTED]
         )
 
+    def _tiling_faults(
+        self,
+        tensor: Int64s,
+        box: npt.NDArray[Any],
+        shapes: Sequence[tuple[int, ...] | None],
+    ) -> list[TilingFault]:
+        return tiling_faults(tensor, box, self.index.box_offsets, self.index.box_sizes, shapes)
+
+    @cached_property
+    def _samples(self) -> tuple[set[int], Int64s, npt.NDArray[np.uint32]]:
+        """Some tensors, and tensor and box of each of their chunks.
+
+        Every other tensor has shape and boxes of one of them: what holds of these holds of all.
+        Unused chunks are counted as those of one tensor more.
+        """
+        key = self._tensor_row.astype(np.uint64) << np.uint64(32)
+        key |= self.index.chunk_box
+        key.sort()
+        box = key.astype(np.uint32)
+        numbers = np.arange(len(self.tensors) + 2, dtype=np.uint64) << np.uint64(32)
+        bounds = np.searchsorted(key, numbers).tolist()
+        first: dict[tuple[tuple[int, ...] | None, bytes], int] = {}
+        for tensor, shape in enumerate((*self._shapes, None)):
+            boxes = box[bounds[tensor] : bounds[tensor + 1]].tobytes()
+            first.setdefault((shape, boxes), tensor)
+        samples = list(first.values())
+        counts = [bounds[tensor + 1] - bounds[tensor] for tensor in samples]
+        own = [box[bounds[tensor] : bounds[tensor + 1]] for tensor in samples]
+        return set(samples), np.repeat(samples, counts), np.concatenate(own)
+
     @cached_property
     def unused(self) -> Int64s:
         """int64[n]: chunks that are passed over."""
@@ -110,28 +150,42 @@ class IndexStructure:
     @cached_property
     def file_bytes(self) -> Int64s:
         """int64[F]: bytes of the chunks of each file; after ``box_problems``."""
-        ends = np.append(0, np.cumsum(self._chunk_bytes))
-        return np.diff(ends[self.index.file_first_chunk])
+        return self._per_file(self._chunk_bytes)
 
     def file_blocks(self, block_size: int) -> Int64s:
         """int64[F]: blocks of the chunks of each file; after ``box_problems``."""
         known = self._file_blocks
         if block_size not in known:
-            counts = self.index.file_chunk_count
-            blocks = BlockRule(block_size).cut(
-                np.zeros(len(counts), np.int64), counts.astype(np.int64), self._chunk_bytes
-            )
             known.clear()
-            known[block_size] = np.diff(blocks.first)
+            known[block_size] = self._count_blocks(block_size)
         return known[block_size]
 
     @cached_property
     def _file_blocks(self) -> dict[int, Int64s]:
         return {}
 
+    def _count_blocks(self, block_size: int) -> Int64s:
+        largest = np.prod(self.index.box_sizes, axis=1, dtype=float).max(initial=0)
+        if largest * max(self._itemsizes, default=1) < block_size:
+            return -(-self.file_bytes // block_size)  # the small chunks of a file lie end to end
+        counts = self.index.file_chunk_count.astype(np.int64)
+        headers = np.zeros(len(counts), np.int64)
+        return np.diff(BlockRule(block_size).cut(headers, counts, self._chunk_bytes).first)
+
+    def _per_file(self, of_chunks: npt.NDArray[Any]) -> Int64s:
+        """int64[F]: sums of what chunks have."""
+        first = self.index.file_first_chunk
+        ends = np.append(0, np.cumsum(of_chunks, dtype=np.int64))
+        return np.diff(ends[first])
+
     @property
     def _chunk_bytes(self) -> Int64s:
         return self.index.chunk_bytes(self._itemsizes)
+
+    @property
+    def _shapes(self) -> list[tuple[int, ...] | None]:
+        """Of each tensor; None for an alias, which has no chunks."""
+        return [None if entry.kind == "alias" else entry.global_shape for entry in self.tensors]
 
     @property
     def _itemsizes(self) -> list[int]:

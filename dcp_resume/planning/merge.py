@@ -70,8 +70,8 @@ class GlobalPlan:
             file=file,
             tensor=local,
             ordinal=self.layout.ordinal[rows],
-            offsets=chunks.boxes.offsets[box],
-            sizes=chunks.boxes.sizes[box],
+            offsets=chunks.boxes.offsets.take(box, axis=0),
+            sizes=chunks.boxes.sizes.take(box, axis=0),
             names={row: self.tensors[tensor[row]].fqn for row in renamed},
             inline=self.inline if rank == 0 else {},
         )

@@ -68,7 +68,7 @@ class LocalIds:
         Tensors beyond the ranks' own are the coordinator's values: -1, and by another name.
         """
         known = np.minimum(tensors, len(self.position) - 1)
-        return self.position[known], np.flatnonzero(self.is_renamed[known]).tolist()
+        return self.position[known], self.is_renamed[known].nonzero()[0].tolist()
 
 
 @dataclass(frozen=True, slots=True)

@@ -168,19 +168,20 @@ def deduplicate(named: Named) -> tuple[Table, Holders, Comparison]:
     table = named.table
     order, keys = stable_order(table.tensor.astype(np.int64) * len(table.boxes) + table.box)
     begins = np.append(True, keys[1:] != keys[:-1])[: len(keys)]
+    if begins.all() and not named.first:
+        starts, counts = np.arange(len(order)), np.ones(len(order), np.int64)
+        return table, Holders(table.rank, starts, counts), _comparison(named, order, starts, counts)
     starts = np.flatnonzero(begins)
     counts = np.diff(starts, append=len(order))
     _refuse_cut(named, order, starts, counts)
     comparison = _comparison(named, order, starts, counts)
-    if len(starts) == len(order):
-        return table, Holders(table.rank, np.arange(len(order)), counts), comparison
     place = np.zeros(len(order), np.int64)
     place[order[starts]] = np.arange(len(starts))
     is_first = np.zeros(len(order), bool)
     is_first[order[starts]] = True
     groups = place[is_first]
     holders = Holders(table.rank[order], starts[groups], counts[groups])
-    return table.take(is_first), holders, comparison
+    return table.where(is_first), holders, comparison
 
 
 def _comparison(named: Named, order: I64, starts: I64, counts: I64) -> Comparison:

@@ -64,15 +64,13 @@ def unite(plans: Sequence[PlanShape]) -> Union:
             f"declare the same layouts on every rank",
             problems=tuple(problems),
         )
-    held: dict[bytes, list[npt.NDArray[np.int32]]] = {}
+    held = {structure: np.zeros(len(row), bool) for structure, row in global_ids.items()}
     for plan in plans:
-        held.setdefault(plan.structure, []).append(plan.tensor)
-    is_own = np.zeros(len(tensors), bool)
-    for structure, columns in held.items():
         # A rank whose shard is empty cannot tell that it is tied, and has no say.
-        is_held = np.zeros(len(own[structure]), bool)
-        is_held[np.concatenate(columns)] = True
-        is_own[np.asarray(global_ids[structure], np.int64)[is_held & own[structure]]] = True
+        held[plan.structure][plan.tensor] = True
+    is_own = np.zeros(len(tensors), bool)
+    for structure, row in global_ids.items():
+        is_own[np.asarray(row, np.int64)[held[structure] & own[structure]]] = True
     return Union(tuple(tensors), meshes, global_ids, is_own)
 
 
