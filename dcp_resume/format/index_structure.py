@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import pairwise
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -61,7 +62,7 @@ class IndexStructure:
     def box_problems(self) -> tuple[Problem, ...]:
         """Chunks that do not lie in their tensors; after ``id_problems``."""
         index = self.index
-        _, tensor, box = self._samples
+        sample, tensor, box = self._samples
         unequal, outside = self._outside(tensor, box)
         if (unequal | outside).any():
             # By name, among all chunks.
@@ -70,8 +71,8 @@ class IndexStructure:
             problems = self.report(np.flatnonzero(unequal), "ndim", what)
             what = "reaches out of its tensor"
             return (*problems, *self.report(np.flatnonzero(outside & ~unequal), "bounds", what))
-        volume = np.prod(index.box_sizes, axis=1, dtype=np.float64)[index.chunk_box]
-        held = np.bincount(self._tensor_row, volume, len(self.tensors) + 1)
+        volume = np.prod(index.box_sizes, axis=1, dtype=np.float64)[box]
+        held = np.bincount(tensor, volume, len(self.tensors) + 1)[sample]
         if held @ np.append(np.asarray(self._itemsizes, float), 1.0) > MAX_TOTAL_BYTES:
             message = f"chunks of more than {MAX_TOTAL_BYTES} bytes in all"
             return (Problem("chunk-index", "size", message),)
@@ -95,9 +96,9 @@ class IndexStructure:
     @cached_property
     def tiling_problems(self) -> tuple[Problem, ...]:
         """Tensors that their chunks do not cover exactly once; after ``box_problems``."""
-        samples, tensor, box = self._samples
+        sample, tensor, box = self._samples
         is_used = tensor < len(self.tensors)
-        shapes = [s if t in samples else None for t, s in enumerate(self._shapes)]
+        shapes = [s if sample[t] == t else None for t, s in enumerate(self._shapes)]
         if not self._tiling_faults(tensor[is_used], box[is_used], shapes):
             return ()
         used = np.flatnonzero(self.index.chunk_tensor != UNUSED)
@@ -121,11 +122,11 @@ class IndexStructure:
         return tiling_faults(tensor, box, self.index.box_offsets, self.index.box_sizes, shapes)
 
     @cached_property
-    def _samples(self) -> tuple[set[int], Int64s, npt.NDArray[np.uint32]]:
-        """Some tensors, and tensor and box of each of their chunks.
+    def _samples(self) -> tuple[Int64s, Int64s, npt.NDArray[np.uint32]]:
+        """Of each tensor the first one of its shape and boxes, and the chunks of these samples.
 
-        Every other tensor has shape and boxes of one of them: what holds of these holds of all.
-        Unused chunks are counted as those of one tensor more.
+        What holds of the chunks of samples, by tensor and box, holds of all. Unused chunks are
+        counted as those of one tensor more.
         """
         key = self._tensor_row.astype(np.uint64) << np.uint64(32)
         key |= self.index.chunk_box
@@ -134,13 +135,14 @@ class IndexStructure:
         numbers = np.arange(len(self.tensors) + 2, dtype=np.uint64) << np.uint64(32)
         bounds = np.searchsorted(key, numbers).tolist()
         first: dict[tuple[tuple[int, ...] | None, bytes], int] = {}
-        for tensor, shape in enumerate((*self._shapes, None)):
-            boxes = box[bounds[tensor] : bounds[tensor + 1]].tobytes()
-            first.setdefault((shape, boxes), tensor)
+        own = [box[start:stop] for start, stop in pairwise(bounds)]
+        sample = [
+            first.setdefault((shape, boxes.tobytes()), tensor)
+            for tensor, (shape, boxes) in enumerate(zip((*self._shapes, None), own, strict=True))
+        ]
         samples = list(first.values())
-        counts = [bounds[tensor + 1] - bounds[tensor] for tensor in samples]
-        own = [box[bounds[tensor] : bounds[tensor + 1]] for tensor in samples]
-        return set(samples), np.repeat(samples, counts), np.concatenate(own)
+        tensors = np.repeat(samples, [len(own[tensor]) for tensor in samples])
+        return np.asarray(sample), tensors, np.concatenate([own[tensor] for tensor in samples])
 
     @cached_property
     def unused(self) -> Int64s:

@@ -166,11 +166,14 @@ def deduplicate(named: Named) -> tuple[Table, Holders, Comparison]:
         ReplicaMismatch: A tied tensor is cut otherwise than the one that it is tied to.
     """
     table = named.table
-    order, keys = stable_order(table.tensor.astype(np.int64) * len(table.boxes) + table.box)
+    keys = table.tensor.astype(np.int64)
+    keys *= len(table.boxes)
+    keys += table.box
+    if not named.first and _are_distinct(keys):
+        order, counts = np.arange(len(keys)), np.ones(len(keys), np.int64)
+        return table, Holders(table.rank, order, counts), _comparison(named, order, order, counts)
+    order, keys = stable_order(keys)
     begins = np.append(True, keys[1:] != keys[:-1])[: len(keys)]
-    if begins.all() and not named.first:
-        starts, counts = np.arange(len(order)), np.ones(len(order), np.int64)
-        return table, Holders(table.rank, starts, counts), _comparison(named, order, starts, counts)
     starts = np.flatnonzero(begins)
     counts = np.diff(starts, append=len(order))
     _refuse_cut(named, order, starts, counts)
@@ -182,6 +185,11 @@ def deduplicate(named: Named) -> tuple[Table, Holders, Comparison]:
     groups = place[is_first]
     holders = Holders(table.rank[order], starts[groups], counts[groups])
     return table.where(is_first), holders, comparison
+
+
+def _are_distinct(keys: I64) -> bool:
+    ascending = np.sort(keys)
+    return bool((ascending[1:] != ascending[:-1]).all())
 
 
 def _comparison(named: Named, order: I64, starts: I64, counts: I64) -> Comparison:
