@@ -82,11 +82,12 @@ class ChunkIndex:
             chunk_box: int[C], the box of each chunk; by default the one at its own place.
         """
         tensors = np.asarray(chunk_tensor, np.uint32)
-        boxes = np.arange(len(tensors)) if chunk_box is None else np.asarray(chunk_box, np.int64)
         ndim = np.append(np.asarray(ndims, np.int64), 1)
         # One box is several if tensors of several numbers of dimensions have it.
         depth = int(ndim.max()) + 1
-        key = boxes * depth + ndim[np.minimum(tensors, len(ndim) - 1)]
+        key = np.arange(len(tensors)) if chunk_box is None else np.array(chunk_box, np.int64)
+        key *= depth
+        key += ndim[np.minimum(tensors, np.uint32(len(ndim) - 1))]
         is_used = np.zeros(len(offsets) * depth, bool)
         is_used[key] = True
         used = np.flatnonzero(is_used)

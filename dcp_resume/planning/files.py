@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from dcp_resume.format.chunk_index import UNUSED, ChunkIndex
+from dcp_resume.format.chunk_index import ChunkIndex
 from dcp_resume.format.dtypes import DTYPES, ITEMSIZES
 from dcp_resume.format.index_structure import IndexStructure
 from dcp_resume.manifest.keys import data_file_name
@@ -104,7 +104,7 @@ def index_structure(
     """
     index = ChunkIndex.build(
         file_chunk_count=counts,
-        chunk_tensor=np.where(chunks.tensor < 0, UNUSED, chunks.tensor),
+        chunk_tensor=chunks.tensor.astype(np.uint32),  # -1 becomes UNUSED, all bits set
         chunk_box=chunks.box,
         offsets=chunks.boxes.offsets,
         sizes=chunks.boxes.sizes,
