@@ -1,7 +1,7 @@
 """``python -m benchmarks.planning``: what the coordinator spends on a save, by number of ranks.
 
 Ranks are simulated: each rank's plan and report are made as bytes, outside the clock, and the
-coordinator does to them what it does in a save. There is no network in these figures.
+coordinator does to them what it does in a save. There is no network and no store in these figures.
 """
 
 from __future__ import annotations
@@ -17,11 +17,12 @@ from pathlib import Path
 
 import numpy as np
 
-from dcp_resume.format.digests import DigestAlgorithm
+from dcp_resume.format.digests import DigestAlgorithm, choose_block_size
 from dcp_resume.format.leaves import pack_leaves
 from dcp_resume.manifest.models import MeshEntry, TensorEntry, TrainerFacts
-from dcp_resume.planning.merge import GlobalPlan
+from dcp_resume.planning.box_rows import Boxes
 from dcp_resume.planning.plans import LocalPlan, PlanContents, PlanShape, encode_structure
+from dcp_resume.session.attempt import Order
 from dcp_resume.session.documents import (
     AttemptIdentity,
     Facts,
@@ -31,9 +32,12 @@ from dcp_resume.session.documents import (
 from dcp_resume.session.plan_memory import PlanMemory
 from dcp_resume.session.writing import RankReport
 
-WIDTH = 16
-"""Columns of each tensor; it has one row a rank."""
-BLOCK_SIZE = 2**20
+WIDTHS = (16, 32, 48, 64, 96, 128)
+"""Columns of the tensors, in turn; each has one row a rank."""
+FRAME = b"+"
+"""Of each ballot and answer."""
+STEP = (1).to_bytes(8, "little")
+ORDER = bytes(Order.NUM_BYTES)
 
 
 @dataclass
@@ -79,7 +83,7 @@ def offered(ranks: int, tensors: int) -> Iterator[LocalPlan]:
             path=("model", f"layers.{number}.weight"),
             part="model",
             dtype="float32",
-            global_shape=(ranks, WIDTH),
+            global_shape=(ranks, WIDTHS[number % len(WIDTHS)]),
             kind="sharded",
             mesh="mesh",
             placements=("S(0)",),
@@ -89,28 +93,28 @@ def offered(ranks: int, tensors: int) -> Iterator[LocalPlan]:
         for number in range(tensors)
     ]
     structure = encode_structure(entries, [mesh])
+    box = np.arange(tensors, dtype=np.int32) % len(WIDTHS)
+    sizes = np.array([[1, width] for width in WIDTHS[:tensors]])
     for rank in range(ranks):
         shape = PlanShape(
             rank=rank,
             world_size=ranks,
             structure=structure,
             tensor=np.arange(tensors, dtype=np.int32),
-            offsets=np.tile(np.array([rank, 0]), (tensors, 1)),
-            sizes=np.tile(np.array([1, WIDTH]), (tensors, 1)),
+            box=box,
+            boxes=Boxes(np.tile(np.array([rank, 0]), (len(sizes), 1)), sizes),
             compared=np.zeros(0, np.int32),
         )
         yield LocalPlan(shape, PlanContents(b"", pack_leaves({})))
 
 
-def reported(plan: GlobalPlan, ranks: int) -> Iterator[bytes]:
-    """Each rank's report: of each file the header and one block."""
-    counts = plan.layout.file_chunk_count
+def reported(ranks: int, tensors: int, block_size: int) -> Iterator[bytes]:
+    """Each rank's report of its file; the plan is not asked, so that it stays cold."""
+    held = sum(4 * WIDTHS[number % len(WIDTHS)] for number in range(tensors))
+    header, num_blocks = np.array([8192]), 1 + -(-held // block_size)
     for rank in range(ranks):
-        own = counts[plan.layout.ranks == rank].astype(np.int64)
-        header = np.full(len(own), 8192, np.int64)
-        digests = np.random.default_rng(rank).integers(0, 256, (2 * len(own), 16), np.uint8)
-        sizes = header + own * WIDTH * 4
-        yield RankReport(sizes, header, np.full(len(own), 2), digests).to_bytes()
+        digests = np.random.default_rng(rank).integers(0, 256, (num_blocks, 16), np.uint8)
+        yield FRAME + RankReport(header + held, header, np.array([num_blocks]), digests).to_bytes()
 
 
 def plan_saves(ranks: int, tensors: int) -> Iterator[Planned]:
@@ -119,32 +123,42 @@ def plan_saves(ranks: int, tensors: int) -> Iterator[Planned]:
     others = [PlanMemory() for _ in range(ranks)]
     for save in ("first", "again"):
         clock = Clock()
-        ballots = [m.ballot(p) for m, p in zip(others, offered(ranks, tensors), strict=True)]
+        sent = [
+            FRAME + STEP + memory.ballot(own)
+            for memory, own in zip(others, offered(ranks, tensors), strict=True)
+        ]
         gc.collect()
+        with clock.phase("ballots"):
+            received = [ballot[len(FRAME) :] for ballot in sent]
+            assert {ballot[: len(STEP)] for ballot in received} == {STEP}
+            ballots = [ballot[len(STEP) :] for ballot in received]
         with clock.phase("merge"):
             assert coordinator.can_merge(ballots)
             plan = coordinator.merge(ballots)
         with clock.phase("orders"):
-            answers = coordinator.answers(ballots, plan)
+            block_size = choose_block_size(plan.layout.num_bytes)
+            answers = [ORDER + answer for answer in coordinator.answers(ballots, plan)]
+            answers = [FRAME + bytes(answer) for answer in answers]
         for memory, answer, own in zip(others, answers, offered(ranks, tensors), strict=True):
-            memory.learn(answer, own)
-        reports_bytes = list(reported(plan, ranks))
+            memory.learn(answer[len(FRAME) + len(ORDER) :], own)
+        sent_reports = list(reported(ranks, tensors, block_size))
+        with clock.phase("reports"):
+            reports = [RankReport.from_bytes(ballot[len(FRAME) :]) for ballot in sent_reports]
         with clock.phase("documents"):
-            reports = [RankReport.from_bytes(ballot) for ballot in reports_bytes]
             documents = build_documents(
                 plan,
                 planned_tables(plan, reports, DigestAlgorithm.XXH3),
                 reports,
                 AttemptIdentity("00000000-0000-4000-8000-000000000000", 1, "a" * 12, 1, None, None),
                 Facts(TrainerFacts(step=1)),
-                BLOCK_SIZE,
+                block_size,
             )
         yield Planned(
             save,
             ranks,
             tensors,
             clock.seconds,
-            sum(map(len, ballots)),
+            sum(map(len, sent)),
             sum(map(len, answers)),
             len(documents.index_bytes),
             documents.manifest.counts.blocks * 16,

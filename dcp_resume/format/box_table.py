@@ -11,7 +11,14 @@ from typing import TypeAlias
 import numpy as np
 import numpy.typing as npt
 
-__all__ = ["MAX_DIMS", "box_table_fault", "decode_boxes", "encode_boxes", "shape_fault"]
+__all__ = [
+    "MAX_DIMS",
+    "box_table_fault",
+    "decode_boxes",
+    "distinct_rows",
+    "encode_boxes",
+    "shape_fault",
+]
 
 Int64s: TypeAlias = npt.NDArray[np.int64]
 
@@ -35,7 +42,7 @@ def encode_boxes(
         Columns ``box_ndim`` (u8[B]), ``box_values`` (u64) and ``chunk_box`` (u32[C]).
     """
     rows = np.column_stack([ndim, offsets, sizes]).astype(np.int64, copy=False)
-    table, code = _distinct_rows(rows)
+    table, code = distinct_rows(rows)
     is_used = np.arange(offsets.shape[1]) < table[:, :1]
     values = table[:, 1:][np.hstack([is_used, is_used])]
     return table[:, 0].astype(np.uint8), values.astype(np.uint64), code.astype(np.uint32)
@@ -81,10 +88,8 @@ def shape_fault(shape: tuple[int, ...], itemsize: int | None) -> str | None:
     return None
 
 
-def _distinct_rows(
-    rows: Int64s,
-) -> tuple[Int64s, Int64s]:
-    """Sorted distinct rows, and the number of each row among them."""
+def distinct_rows(rows: Int64s) -> tuple[Int64s, Int64s]:
+    """Sorted distinct rows of a matrix, and the number of each row among them."""
     # One sort of hashes instead of one sort of rows per column; a collision is noticed.
     mixed = np.zeros(len(rows), np.uint64)
     for column in rows.T:

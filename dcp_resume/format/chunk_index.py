@@ -7,7 +7,7 @@ F files, C chunks, B distinct boxes, N blocks; D is the largest number of dimens
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import TypeAlias
 
@@ -68,29 +68,45 @@ class ChunkIndex:
         sizes: Int64s,
         ndims: npt.ArrayLike,
         block_digest: npt.ArrayLike,
+        chunk_box: npt.ArrayLike | None = None,
     ) -> ChunkIndex:
         """Make an index of chunks sorted by file and position; equal chunks give equal columns.
 
         Args:
             file_chunk_count: int[F].
             chunk_tensor: int[C].
-            offsets: int64[C, D]; 0 beyond a chunk's dimensions.
-            sizes: int64[C, D]; 1 beyond a chunk's dimensions.
+            offsets: int64[B, D] of boxes; 0 beyond their dimensions.
+            sizes: int64[B, D]; 1 beyond their dimensions.
             ndims: int[T], dimensions of each tensor of the catalog.
             block_digest: u8[N, 16].
+            chunk_box: int[C], the box of each chunk; by default the one at its own place.
         """
         tensors = np.asarray(chunk_tensor, np.uint32)
         ndim = np.append(np.asarray(ndims, np.int64), 1)
-        chunk_ndim = ndim[np.minimum(tensors, len(ndim) - 1)]
-        box_ndim, box_values, chunk_box = encode_boxes(chunk_ndim, offsets, sizes)
+        # One box is several if tensors of several numbers of dimensions have it.
+        depth = int(ndim.max()) + 1
+        key = np.arange(len(tensors)) if chunk_box is None else np.array(chunk_box, np.int64)
+        key *= depth
+        key += ndim[np.minimum(tensors, np.uint32(len(ndim) - 1))]
+        is_used = np.zeros(len(offsets) * depth, bool)
+        is_used[key] = True
+        used = np.flatnonzero(is_used)
+        box, box_depth = np.divmod(used, depth)
+        box_ndim, box_values, code = encode_boxes(box_depth, offsets[box], sizes[box])
+        code_of_key = np.zeros(len(is_used), np.uint32)
+        code_of_key[used] = code
         return cls(
             np.asarray(file_chunk_count, np.uint32),
             tensors,
-            chunk_box,
+            code_of_key[key],
             box_ndim,
             box_values,
             np.asarray(block_digest, np.uint8).reshape(-1, 16),
         )
+
+    def with_digests(self, block_digest: npt.NDArray[np.uint8]) -> ChunkIndex:
+        """The same chunks, with the digests (u8[N, 16]) of their blocks."""
+        return replace(self, block_digest=block_digest)
 
     def to_bytes(self) -> bytes:
         """The file ``chunk-index``."""

@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -22,11 +24,14 @@ from dcp_resume.problems import summarise
 __all__ = ["Columns", "Schema", "pack_columns", "unpack_columns"]
 
 Columns: TypeAlias = Mapping[str, npt.NDArray[Any]]
-Schema: TypeAlias = Mapping[str, tuple[str, tuple[int, ...]]]
+_Type: TypeAlias = tuple[str, tuple[int, ...]]
+Schema: TypeAlias = Mapping[str, _Type]
 """Column → element type (``u1`` … ``i8``) and the shape behind the first dimension."""
 
 ELEMENT_TYPES = frozenset({"u1", "u2", "u4", "u8", "i1", "i2", "i4", "i8"})
 MAX_HEADER = 2**20
+MAX_KNOWN = 2**12
+"""Bytes of a header that is remembered: it is all that a hostile table can leave behind."""
 ALIGNMENT = 64
 MAGIC_BYTES = 8
 PREFIX_BYTES = 16
@@ -66,7 +71,10 @@ def pack_columns(magic: bytes, columns: Columns, meta: Mapping[str, Json]) -> by
     header += b" " * (-(PREFIX_BYTES + len(header)) % ALIGNMENT)
     if len(header) > MAX_HEADER:
         raise ValueError(f"a header of columns holds at most {MAX_HEADER} bytes: {len(header)}")
-    payload = [columns[name].astype(f"<{types[name]}", copy=False).tobytes() for name in names]
+    payload = [
+        np.ascontiguousarray(columns[name].astype(f"<{types[name]}", copy=False)).data
+        for name in names
+    ]
     return b"".join([magic, len(header).to_bytes(8, "little"), header, *payload])
 
 
@@ -88,58 +96,86 @@ def unpack_columns(
         InvalidDocument: With every problem found. Nothing is allocated beyond the header before
             all lengths are proved to add up to the size of ``data``.
     """
-    problems: list[Problem] = []
-    view = memoryview(data)
-    header, begin = _read_header(magic, view, where, problems)
-    places: dict[str, tuple[int, str, tuple[int, ...]]] = {}
-    position = begin
-    for number, entry in enumerate(header.get("columns", ())):
-        try:
-            name, dtype, shape = _read_entry(entry, schema)
-            if name in places:
-                raise ValueError(f"column {name} occurs twice")
-            places[name] = (position, dtype, shape)
-            position += math.prod(shape) * int(dtype[1])
-        except (TypeError, ValueError) as error:
-            problems.append(Problem(f"{where}.columns[{number}]", "column", str(error)))
-    if not problems:
-        missing = sorted(set(schema) - set(places))
-        problems += [Problem(f"{where}.{name}", "missing", "no such column") for name in missing]
-        if position != len(view):
-            message = f"columns end at {position}, the table at {len(view)}"
-            problems.append(Problem(where, "size", message))
+    view = memoryview(data).toreadonly()
+    begin, header = _find_header(magic, view, where)
+    read = _known_layout if len(header) <= MAX_KNOWN else _read_layout
+    layout = read(header, tuple(schema.items()))
+    problems = [Problem(where + place, kind, message) for place, kind, message in layout.faults]
+    if not problems and begin + layout.num_bytes != len(view):
+        message = f"columns end at {begin + layout.num_bytes}, the table at {len(view)}"
+        problems.append(Problem(where, "size", message))
     if problems:
-        message = f"{where} is no valid table of columns:\n{summarise(problems)}"
-        raise InvalidDocument(message, problems=tuple(problems))
+        raise _invalid(where, problems)
     columns = {
-        name: np.frombuffer(view, f"<{dtype}", math.prod(shape), offset).reshape(shape)
-        for name, (offset, dtype, shape) in places.items()
+        name: np.frombuffer(view, dtype, count, begin + offset).reshape(shape)
+        for name, dtype, count, offset, shape in layout.places
     }
-    for column in columns.values():
-        column.flags.writeable = False
-    return header["meta"], columns
+    return dict(layout.meta), columns
 
 
-def _read_header(
-    magic: bytes, view: memoryview, where: str, problems: list[Problem]
-) -> tuple[dict[str, Any], int]:
+def _invalid(where: str, problems: Sequence[Problem]) -> InvalidDocument:
+    message = f"{where} is no valid table of columns:\n{summarise(problems)}"
+    return InvalidDocument(message, problems=tuple(problems))
+
+
+def _find_header(magic: bytes, view: memoryview, where: str) -> tuple[int, bytes]:
+    """Where the columns begin, and the header before them."""
+    found = bytes(view[:MAGIC_BYTES])
+    length = int.from_bytes(view[MAGIC_BYTES:PREFIX_BYTES], "little")
+    begin = PREFIX_BYTES + length
+    message = ""
+    if found != magic:
+        message = f"expected the magic {magic!r}, found {found!r}"
+    elif length > MAX_HEADER or begin > len(view) or begin % ALIGNMENT:
+        message = f"a header of {length} bytes does not fit into {len(view)}"
+    if message:
+        raise _invalid(where, [Problem(where, "header", message)])
+    return begin, bytes(view[PREFIX_BYTES:begin])
+
+
+@dataclass(frozen=True, slots=True)
+class _Layout:
+    """What a header says, and what is wrong with it."""
+
+    meta: Mapping[str, Json]
+    places: tuple[tuple[str, str, int, int, tuple[int, ...]], ...]
+    """Name, element type, number of elements, position behind the header and shape of columns."""
+    num_bytes: int
+    """Of all columns."""
+    faults: tuple[tuple[str, str, str], ...]
+    """Place, kind and message of each."""
+
+
+def _read_layout(header: bytes, schema: tuple[tuple[str, _Type], ...]) -> _Layout:
     try:
-        found = bytes(view[:MAGIC_BYTES])
-        length = int.from_bytes(view[MAGIC_BYTES:PREFIX_BYTES], "little")
-        begin = PREFIX_BYTES + length
-        if found != magic:
-            raise ValueError(f"expected the magic {magic!r}, found {found!r}")
-        if length > MAX_HEADER or begin > len(view) or begin % ALIGNMENT:
-            raise ValueError(f"a header of {length} bytes does not fit into {len(view)}")
-        header = load_strict(bytes(view[PREFIX_BYTES:begin]))
-        if not isinstance(header, dict) or set(header) != {"columns", "meta"}:
+        document = load_strict(header)
+        if not isinstance(document, dict) or set(document) != {"columns", "meta"}:
             raise ValueError("expected an object of columns and meta")
-        if not isinstance(header["columns"], list) or not isinstance(header["meta"], dict):
+        if not isinstance(document["columns"], list) or not isinstance(document["meta"], dict):
             raise ValueError("expected a list of columns and an object of meta")
     except ValueError as error:
-        problems.append(Problem(where, "header", str(error)))
-        return {}, 0
-    return header, begin
+        return _Layout({}, (), 0, (("", "header", str(error)),))
+    expected = dict(schema)
+    faults: list[tuple[str, str, str]] = []
+    places: dict[str, tuple[str, str, int, int, tuple[int, ...]]] = {}
+    position = 0
+    for number, entry in enumerate(document["columns"]):
+        try:
+            name, dtype, shape = _read_entry(entry, expected)
+            if name in places:
+                raise ValueError(f"column {name} occurs twice")
+            count = math.prod(shape)
+            places[name] = (name, f"<{dtype}", count, position, shape)
+            position += count * int(dtype[1])
+        except (TypeError, ValueError) as error:
+            faults.append((f".columns[{number}]", "column", str(error)))
+    missing = [] if faults else sorted(set(expected) - set(places))
+    faults += [(f".{name}", "missing", "no such column") for name in missing]
+    return _Layout(document["meta"], tuple(places.values()), position, tuple(faults))
+
+
+_known_layout = lru_cache(maxsize=64)(_read_layout)
+"""Thousands of ranks send tables whose headers are equal."""
 
 
 def _read_entry(entry: Json, schema: Schema) -> tuple[str, str, tuple[int, ...]]:

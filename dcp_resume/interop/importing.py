@@ -25,7 +25,7 @@ from dcp_resume.manifest.boxes import Box
 from dcp_resume.manifest.keys import new_attempt_id
 from dcp_resume.manifest.models import TensorEntry, TrainerFacts
 from dcp_resume.manifest.signing import UNSIGNED, Signing
-from dcp_resume.planning.box_rows import pad_boxes
+from dcp_resume.planning.box_rows import Boxes
 from dcp_resume.planning.flattening import Path, fqn_of
 from dcp_resume.planning.held import plain_entry
 from dcp_resume.planning.merge import GlobalPlan, merge
@@ -199,14 +199,14 @@ class _Intake:
             boxes.append(Box.whole(found.shape))
             entries.append(entry)
         width = max((len(entry.global_shape) for entry in entries), default=1) or 1
-        offsets, sizes = pad_boxes(boxes, width)
+        table, box = Boxes.listing(boxes, width)
         shape = PlanShape(
             rank=0,
             world_size=1,
             structure=encode_structure(entries, ()),
             tensor=np.asarray(tensor, np.int32),
-            offsets=offsets,
-            sizes=sizes,
+            box=box,
+            boxes=table,
             compared=np.zeros(0, np.int32),
         )
         return LocalPlan(shape, PlanContents(b"", pack_leaves(self.values)))

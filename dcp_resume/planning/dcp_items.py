@@ -10,7 +10,7 @@ from dcp_resume.format.dtypes import dtype_info
 from dcp_resume.format.leaves import pack_leaves
 from dcp_resume.manifest.boxes import Box
 from dcp_resume.manifest.models import TensorEntry
-from dcp_resume.planning.box_rows import pad_boxes
+from dcp_resume.planning.box_rows import Boxes
 from dcp_resume.planning.plans import (
     LocalPlan,
     PlanContents,
@@ -75,14 +75,14 @@ def items_to_columns(
         tensor.append(positions[fqn])
     entries = [world_entries[fqn] for fqn in positions]
     width = max((len(entry.global_shape) for entry in entries), default=1) or 1
-    offsets, sizes = pad_boxes(boxes, width)
+    table, box = Boxes.listing(boxes, width)
     shape = PlanShape(
         rank=rank,
         world_size=world_size,
         structure=encode_structure(entries, ()),
         tensor=np.asarray(tensor, np.int32),
-        offsets=offsets,
-        sizes=sizes,
+        box=box,
+        boxes=table,
         compared=np.zeros(0, np.int32),
     )
     return LocalPlan(shape, PlanContents(b"", pack_leaves({})))

@@ -115,7 +115,6 @@ def plan_layout(source: StoredState, mesh: TargetMesh, rules: LayoutRules) -> Ta
     return TargetLayout(
         plan=GlobalPlan(
             world_size=mesh.world_size,
-            tensors=placed,
             meshes=mesh.meshes(),
             manifest_values=source.values,
             num_values=source.num_values,
@@ -304,7 +303,7 @@ def _lay_out(
     classes = {name: number for number, name in enumerate(sorted(set(sharing)))}
     width = max((len(entry.global_shape) for entry in tensors), default=1) or 1
     offsets, sizes = pad_boxes(boxes, width)
-    table = Table(np.asarray(tensor, np.int64), np.asarray(rank, np.int64), offsets, sizes)
+    table = Table.of(tensor, rank, offsets, sizes)
     return _number_files(table, np.asarray([classes[s] for s in sharing], np.int64), tensors)
 
 
@@ -330,10 +329,10 @@ def _number_files(table: Table, sharing: I64, tensors: Sequence[TensorEntry]) ->
     heads[:, 3] = np.arange(len(heads)) - starts
     return FileLayout(
         chunks=table.take(order),
-        file=np.cumsum(is_new) - 1,
+        file=np.cumsum(is_new, dtype=np.int32) - 1,
         names=file_names(heads, parts),
         parts=tuple(parts[number] for number in heads[:, 1].tolist()),
         ranks=heads[:, 0],
-        ordinal=np.where(hidden[order] > 0, 0, -1),
-        fqns=tuple(entry.fqn for entry in tensors),
+        ordinal=np.where(hidden[order] > 0, 0, -1).astype(np.int32),
+        tensors=tuple(tensors),
     )

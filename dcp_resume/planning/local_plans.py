@@ -14,7 +14,7 @@ from dcp_resume.format.leaves import pack_leaves
 from dcp_resume.format.tensor_bytes import as_bytes, contiguous_cpu
 from dcp_resume.manifest.boxes import Box
 from dcp_resume.manifest.models import MeshEntry
-from dcp_resume.planning.box_rows import pad_boxes
+from dcp_resume.planning.box_rows import Boxes
 from dcp_resume.planning.declarations import Declarations
 from dcp_resume.planning.held import HeldTensor
 from dcp_resume.planning.plans import (
@@ -145,14 +145,14 @@ def _offer(state: LocalState, rank: int, world_size: int, declarations: Declarat
         boxes.append(Box((0,), (len(data),)))
         tensor.append(len(entries) - 1)
     width = max((len(entry.global_shape) for entry in entries), default=1) or 1
-    offsets, sizes = pad_boxes(boxes, width)
+    table, box = Boxes.listing(boxes, width)
     shape = PlanShape(
         rank=rank,
         world_size=world_size,
         structure=encode_structure(entries, state.meshes),
         tensor=np.asarray(tensor, np.int32),
-        offsets=offsets,
-        sizes=sizes,
+        box=box,
+        boxes=table,
         compared=np.asarray(rows, np.int32),
     )
     return _Offered(shape, tuple(compared))

@@ -29,7 +29,6 @@ class GlobalPlan:
     """What all ranks write, and what catalog and index will say."""
 
     world_size: int
-    tensors: tuple[TensorEntry, ...]
     meshes: tuple[MeshEntry, ...]
     manifest_values: Mapping[str, tuple[Any, Any]]
     """Shared values that go into the manifest: FQN → path, encoded value."""
@@ -40,6 +39,11 @@ class GlobalPlan:
     """Per rank; one for all ranks of one structure."""
     inline: Mapping[str, bytes]
     """FQN → bytes that the coordinator itself writes."""
+
+    @property
+    def tensors(self) -> tuple[TensorEntry, ...]:
+        """Of the catalog."""
+        return self.layout.tensors
 
     @property
     def stages(self) -> tuple[tuple[int, ...], ...] | None:
@@ -59,16 +63,16 @@ class GlobalPlan:
         """The part of the plan that ``rank`` carries out."""
         files, file, rows = self.layout.of_rank(rank)
         chunks = self.layout.chunks
-        tensor = chunks.tensor[rows]
+        tensor, box = chunks.tensor[rows], chunks.box[rows]
         local, renamed = self.local_ids[rank].find(tensor)
         return RankPlan(
             files=files,
             file=file,
             tensor=local,
-            ordinal=self.layout.ordinal[rows].astype(np.int32),
-            offsets=chunks.offsets[rows],
-            sizes=chunks.sizes[rows],
-            names={row: self.layout.fqns[tensor[row]] for row in renamed},
+            ordinal=self.layout.ordinal[rows],
+            offsets=chunks.boxes.offsets.take(box, axis=0),
+            sizes=chunks.boxes.sizes.take(box, axis=0),
+            names={row: self.tensors[tensor[row]].fqn for row in renamed},
             inline=self.inline if rank == 0 else {},
         )
 
@@ -123,7 +127,6 @@ class MergeMemory:
             self._shapes = replace(self._shapes, written=own)
         return GlobalPlan(
             world_size=self._shapes.world_size,
-            tensors=laid_out.tensors,
             meshes=self._shapes.meshes,
             manifest_values=values,
             num_values=num_values,
@@ -144,7 +147,6 @@ class _LaidOut:
 
     inline_sizes: Mapping[str, int]
     fingerprint: bytes
-    tensors: tuple[TensorEntry, ...]
     layout: FileLayout
 
     @classmethod
@@ -153,14 +155,12 @@ class _LaidOut:
         for fqn, size in inline_sizes.items():
             part = fqn.removeprefix(SHARED_LEAVES)
             tensors = (*tensors, leaves_entry(fqn, part, size, is_per_rank=False))
-            written = Table.concatenate([written, _inline_row(len(tensors) - 1, size, written)])
+            written = Table.concatenate([written, _inline_row(len(tensors) - 1, size)])
         room = repr(list(inline_sizes.items())).encode()
         fingerprint = digest_bytes([shapes.fingerprint, room])
-        return cls(inline_sizes, fingerprint, tensors, lay_out_files(written, tensors))
+        return cls(inline_sizes, fingerprint, lay_out_files(written, tensors))
 
 
-def _inline_row(tensor: int, size: int, like: Table) -> Table:
-    offsets = np.zeros((1, like.offsets.shape[1]), np.int64)
-    sizes = np.ones((1, like.sizes.shape[1]), np.int64)
-    sizes[0, 0] = size
-    return Table(np.asarray([tensor], np.int64), np.zeros(1, np.int64), offsets, sizes)
+def _inline_row(tensor: int, size: int) -> Table:
+    offsets, sizes = np.zeros((1, 1), np.int64), np.full((1, 1), size, np.int64)
+    return Table.of([tensor], [0], offsets, sizes)

@@ -9,15 +9,17 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from dcp_resume.errors import IncompletePlan, Problem
+from dcp_resume.errors import IncompletePlan, InvalidDocument, Problem
 from dcp_resume.format.digests import digest_bytes
 from dcp_resume.format.dtypes import ITEMSIZES
 from dcp_resume.manifest.models import MeshEntry, TensorEntry
 from dcp_resume.planning.balance import assign_writers, share_rows
+from dcp_resume.planning.box_rows import Boxes
 from dcp_resume.planning.plans import PlanShape
 from dcp_resume.planning.replicas import Comparison, Holders, deduplicate, join_aliases
 from dcp_resume.planning.table import Table
@@ -26,7 +28,7 @@ from dcp_resume.problems import summarise
 
 __all__ = ["LocalIds", "MergedShapes", "merge_shapes"]
 
-I64 = npt.NDArray[np.int64]
+I32 = npt.NDArray[np.int32]
 
 CUT_BYTES = 4 * 1024 * 1024
 """A replicated chunk of this size or more is cut; below it one more chunk costs too much."""
@@ -39,34 +41,34 @@ class LocalIds:
     """Where the checkpoint's tensors are in a rank's own structure."""
 
     position: npt.NDArray[np.int32]
-    """``[tensors]``; -1 for one that it lacks."""
+    """``[tensors + 1]``; -1 for one that it lacks, as for all beyond the ranks' own."""
     is_renamed: npt.NDArray[np.bool_]
-    """``[tensors]`` whether it has the tensor under a further name alone."""
+    """``[tensors + 1]`` whether it has the tensor under a further name alone."""
 
     @classmethod
     def of(cls, global_ids: Sequence[int], first: Mapping[int, int], num_tensors: int) -> LocalIds:
         """Invert a structure's ids; a first name is found by a further one too."""
-        position = np.full(num_tensors, -1, np.int32)
-        is_renamed = np.zeros(num_tensors, bool)
+        position = np.full(num_tensors + 1, -1, np.int32)
+        is_renamed = np.zeros(num_tensors + 1, bool)
         for local, tensor in enumerate(global_ids):
             if tensor in first:
                 position[first[tensor]], is_renamed[first[tensor]] = local, True
         position[global_ids] = np.arange(len(global_ids))
         is_renamed[global_ids] = False
+        is_renamed[num_tensors] = True
         return cls(position, is_renamed)
 
     def held(self) -> list[int]:
         """The tensors that the rank has."""
         return np.flatnonzero(self.position >= 0).tolist()
 
-    def find(self, tensors: I64) -> tuple[npt.NDArray[np.int32], list[int]]:
+    def find(self, tensors: I32) -> tuple[npt.NDArray[np.int32], list[int]]:
         """Positions of some tensors, and which of these go by another name on the rank.
 
         Tensors beyond the ranks' own are the coordinator's values: -1, and by another name.
         """
-        known = np.minimum(tensors, len(self.position))
-        local = np.append(self.position, np.int32(-1))[known]
-        return local, np.flatnonzero(np.append(self.is_renamed, True)[known]).tolist()
+        known = np.minimum(tensors, len(self.position) - 1)
+        return self.position[known], self.is_renamed[known].nonzero()[0].tolist()
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,7 +77,7 @@ class MergedShapes:
 
     world_size: int
     fingerprint: bytes
-    """16 bytes over the ranks' fingerprints."""
+    """16 bytes over the ranks' shapes."""
     tensors: tuple[TensorEntry, ...]
     meshes: tuple[MeshEntry, ...]
     written: Table
@@ -105,7 +107,7 @@ def merge_shapes(shapes: Sequence[PlanShape]) -> MergedShapes:
     }
     return MergedShapes(
         world_size=len(shapes),
-        fingerprint=digest_bytes([shape.fingerprint for shape in shapes]),
+        fingerprint=_fingerprint(shapes),
         tensors=named.tensors,
         meshes=tuple(union.meshes.values()),
         written=_balance(unique, holders, named.tensors, len(shapes)),
@@ -114,7 +116,32 @@ def merge_shapes(shapes: Sequence[PlanShape]) -> MergedShapes:
     )
 
 
-def _concatenate(shapes: Sequence[PlanShape], union: Union) -> tuple[Table, I64]:
+def _fingerprint(shapes: Sequence[PlanShape]) -> bytes:
+    """The ranks' shapes end to end, each behind its lengths."""
+    structures = {shape.structure: number for number, shape in enumerate(shapes)}
+    lengths = [
+        (
+            shape.rank,
+            shape.world_size,
+            structures[shape.structure],
+            len(shape.tensor),
+            len(shape.compared),
+            *shape.boxes.offsets.shape,
+        )
+        for shape in shapes
+    ]
+    columns: list[npt.NDArray[Any]] = [
+        np.asarray(lengths, np.int64),
+        *(shape.tensor for shape in shapes),
+        *(shape.box for shape in shapes),
+        *(shape.compared for shape in shapes),
+        *(shape.boxes.offsets for shape in shapes),
+        *(shape.boxes.sizes for shape in shapes),
+    ]
+    return digest_bytes([*(column.tobytes() for column in columns), *structures])
+
+
+def _concatenate(shapes: Sequence[PlanShape], union: Union) -> tuple[Table, I32]:
     counts = [len(shape.tensor) for shape in shapes]
     local = np.concatenate([shape.tensor for shape in shapes])
     # Of every structure its ids lie end to end, so that one lookup serves all ranks.
@@ -123,28 +150,40 @@ def _concatenate(shapes: Sequence[PlanShape], union: Union) -> tuple[Table, I64]
     for structure, own in union.global_ids.items():
         first[structure] = len(ids)
         ids += own
-    base = np.repeat([first[shape.structure] for shape in shapes], counts)
-    width = max((shape.offsets.shape[1] for shape in shapes), default=1) + 1
-    bounds = [0, *np.cumsum(counts).tolist()]
+    if len(first) > 1:
+        local = local + _repeated([first[shape.structure] for shape in shapes], counts)
+    boxes, box = _united_boxes(shapes, counts)
     table = Table(
-        np.asarray(ids or [0], np.int64)[base + local] if len(local) else local.astype(np.int64),
-        np.repeat([shape.rank for shape in shapes], counts),
-        _stacked([shape.offsets for shape in shapes], bounds, width, 0),
-        _stacked([shape.sizes for shape in shapes], bounds, width, 1),
+        np.asarray(ids or [0], np.int32)[local],
+        _repeated([shape.rank for shape in shapes], counts),
+        box,
+        boxes,
     )
-    evidence = np.full(len(local), -1, np.int64)
+    evidence = np.full(len(local), -1, np.int32)
     starts = np.repeat(np.cumsum(counts) - counts, [len(shape.compared) for shape in shapes])
     compared = np.concatenate([shape.compared for shape in shapes])
     evidence[starts + compared] = np.arange(len(compared))
     return table, evidence
 
 
-def _stacked(matrices: Sequence[I64], bounds: Sequence[int], width: int, fill: int) -> I64:
-    """Matrices one below the other, widened by a filling; ``bounds`` are their rows."""
-    stacked = np.full((bounds[-1], width), fill, np.int64)
-    for matrix, start, stop in zip(matrices, bounds[:-1], bounds[1:], strict=True):
-        stacked[start:stop, : matrix.shape[1]] = matrix
-    return stacked
+def _united_boxes(shapes: Sequence[PlanShape], counts: Sequence[int]) -> tuple[Boxes, I32]:
+    """The boxes of all ranks, each listed once, and each chunk's row among them."""
+    num_boxes = [len(shape.boxes) for shape in shapes]
+    boxes, row = Boxes.stacked([shape.boxes for shape in shapes], 1).distinct()
+    local = np.concatenate([shape.box for shape in shapes])
+    is_wrong = (local < 0) | (local >= _repeated(num_boxes, counts))
+    if is_wrong.any():
+        rank = int(_repeated([shape.rank for shape in shapes], counts)[is_wrong][0])
+        message = f"rank {rank} names a box that it does not list"
+        raise InvalidDocument(
+            f"{message}; use one version of dcp_resume", problems=(Problem("plan", "box", message),)
+        )
+    local = local + _repeated((np.cumsum(num_boxes) - num_boxes).tolist(), counts)
+    return boxes, row[local]
+
+
+def _repeated(of_ranks: Sequence[int], counts: Sequence[int]) -> I32:
+    return np.repeat(np.asarray(of_ranks, np.int32), counts)
 
 
 def _place_per_rank(
@@ -154,28 +193,32 @@ def _place_per_rank(
     if all(entry.kind != "per_rank" for entry in tensors):
         return table, tensors
     placed = list(tensors)
-    offsets, sizes = table.offsets.copy(), table.sizes.copy()
+    boxes, box = [table.boxes], table.box.copy()
+    next_row = len(table.boxes)
     for position, entry in enumerate(tensors):
         if entry.kind != "per_rank":
             continue
         rows = np.flatnonzero(table.tensor == position)
         if entry.codec == "leaves":
-            lengths = sizes[rows, 0]
-            offsets[rows, 0] = np.cumsum(lengths) - lengths
+            lengths = table.boxes.sizes[box[rows], :1]
+            own = Boxes(np.cumsum(lengths, axis=0) - lengths, lengths)
             shape: tuple[int, ...] = (int(lengths.sum()),)
         else:
-            ndim = len(entry.global_shape)
-            offsets[rows, 1:], sizes[rows, 1:] = 0, 1
-            sizes[rows, 1 : ndim + 1] = entry.global_shape
-            offsets[rows, 0], sizes[rows, 0] = np.arange(len(rows)), 1
             shape = (len(rows), *entry.global_shape)
+            offsets = np.zeros((len(rows), len(shape)), np.int64)
+            offsets[:, 0] = np.arange(len(rows))
+            own = Boxes(offsets, np.tile(np.asarray([1, *shape[1:]], np.int64), (len(rows), 1)))
+        box[rows] = np.arange(next_row, next_row + len(rows))
+        next_row += len(rows)
+        boxes.append(own)
         placed[position] = entry.model_copy(update={"global_shape": shape})
-    return Table(table.tensor, table.rank, offsets, sizes), tuple(placed)
+    listed, row = Boxes.stacked(boxes, 1).distinct()
+    return Table(table.tensor, table.rank, row[box], listed), tuple(placed)
 
 
 def _check_tiling(unique: Table, tensors: tuple[TensorEntry, ...]) -> None:
     """Refuse a plan whose chunks leave a hole; overlaps are found by the index check."""
-    volume = unique.sizes.prod(axis=1)
+    volume = unique.boxes.volumes.astype(float)[unique.box]
     covered = np.bincount(unique.tensor, weights=volume, minlength=len(tensors))
     problems = tuple(
         Problem(
@@ -198,8 +241,9 @@ def _check_tiling(unique: Table, tensors: tuple[TensorEntry, ...]) -> None:
 def _balance(
     unique: Table, holders: Holders, tensors: tuple[TensorEntry, ...], world_size: int
 ) -> Table:
-    itemsize = np.asarray([ITEMSIZES[entry.dtype] for entry in tensors] or [1], np.int64)
-    size = unique.sizes.prod(axis=1) * itemsize[unique.tensor]
+    if len(holders.ranks) == len(unique.tensor):
+        return unique  # each chunk has one holder
+    size = unique.num_bytes([ITEMSIZES[entry.dtype] for entry in tensors])
     alone = ~holders.is_shared
     loads = np.zeros(world_size, np.int64)
     np.add.at(loads, unique.rank[alone], size[alone])
@@ -214,23 +258,24 @@ def _balance(
     pieces: list[Table] = []
     for position in to_cut:
         row = int(shared[position])
-        rows = int(unique.sizes[row, 0])
+        chunk = unique.take([row])
+        rows = int(chunk.sizes[0, 0])
         row_bytes = int(size[row]) // max(rows, 1)
         num_pieces = int(size[row]) * PIECES // CUT_BYTES
         writing = sorted(holders.of(row), key=lambda h: (loads[h], h))[:num_pieces]
         share = share_rows(rows, row_bytes, [int(loads[h]) for h in writing])
         whole[row] = False
-        start = int(unique.offsets[row, 0])
+        start = int(chunk.offsets[0, 0])
         for holder, num_rows in zip(writing, share, strict=True):
             if num_rows:
-                pieces.append(_cut(unique, row, holder, start, num_rows))
+                pieces.append(_cut(chunk, holder, start, num_rows))
                 loads[holder] += num_rows * row_bytes
                 start += num_rows
-    kept = Table(unique.tensor, rank, unique.offsets, unique.sizes).where(whole)
+    kept = Table(unique.tensor, rank, unique.box, unique.boxes).where(whole)
     return Table.concatenate([kept, *pieces])
 
 
-def _cut(unique: Table, row: int, rank: int, start: int, num_rows: int) -> Table:
-    offsets, sizes = unique.offsets[row : row + 1].copy(), unique.sizes[row : row + 1].copy()
+def _cut(chunk: Table, rank: int, start: int, num_rows: int) -> Table:
+    offsets, sizes = chunk.offsets, chunk.sizes
     offsets[0, 0], sizes[0, 0] = start, num_rows
-    return Table(unique.tensor[row : row + 1], np.asarray([rank], np.int64), offsets, sizes)
+    return Table.of(chunk.tensor, [rank], offsets, sizes)

@@ -14,7 +14,7 @@ import struct
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, cast
+from typing import cast
 
 import numpy as np
 import numpy.typing as npt
@@ -23,6 +23,7 @@ from dcp_resume.errors import InvalidDocument, Problem
 from dcp_resume.format.columns import pack_columns, unpack_columns
 from dcp_resume.format.digests import digest_bytes
 from dcp_resume.manifest.models import MeshEntry, TensorEntry
+from dcp_resume.planning.box_rows import Boxes
 
 __all__ = [
     "FilePlan",
@@ -42,11 +43,14 @@ __all__ = [
 I64 = npt.NDArray[np.int64]
 
 _MAGIC = b"DCPRPLAN"
-_FORMAT = 1
+_FORMAT = 2
 """Of what a fingerprint covers."""
-_HEAD = struct.Struct("<8s7q")
-"""Magic, rank, world size, rows, width, and how many are compared; bytes of structure, contents."""
+_HEAD = struct.Struct("<8s8q")
+"""Magic, rank, world size, rows, how many are compared, boxes, width; bytes of structure,
+contents."""
 _RANK_MAGIC = b"DCPRRANK"
+_RANK_HEAD = struct.Struct("<8s4q")
+"""Magic, rows, width; bytes of the names, values."""
 _INLINE_MAGIC = b"DCPRINLN"
 
 
@@ -58,16 +62,14 @@ class Structures:
         self._column = np.zeros(0, np.uint8)
         self._known: dict[bytes, bytes] = {}
 
-    def one_of(self, structure: npt.NDArray[np.uint8]) -> bytes:
+    def one_of(self, structure: memoryview) -> bytes:
         """The structure, in the same object for all that are equal."""
-        if not np.array_equal(structure, self._column):
-            self._last = self.kept(structure.tobytes())
+        column = np.frombuffer(structure, np.uint8)
+        if not np.array_equal(column, self._column):
+            own = column.tobytes()
+            self._last = self._known.setdefault(own, own)
             self._column = np.frombuffer(self._last, np.uint8)
         return self._last
-
-    def kept(self, structure: bytes) -> bytes:
-        """The same, of a structure that is no column."""
-        return self._known.setdefault(structure, structure)
 
 
 @dataclass(frozen=True, eq=False)
@@ -80,10 +82,9 @@ class PlanShape:
     """Canonical JSON: tensor entries and meshes."""
     tensor: npt.NDArray[np.int32]
     """``[n]`` position of each chunk's tensor in the structure; ascending."""
-    offsets: I64
-    """``[n, D]``"""
-    sizes: I64
-    """``[n, D]``"""
+    box: npt.NDArray[np.int32]
+    """``[n]`` row of each chunk's box."""
+    boxes: Boxes
     compared: npt.NDArray[np.int32]
     """``[k]`` ascending positions of the chunks whose replicas no placement proves."""
 
@@ -95,8 +96,9 @@ class PlanShape:
     @cached_property
     def fingerprint(self) -> bytes:
         """16 bytes over all of it; equal shapes have equal ones."""
-        numbers = (_FORMAT, self.rank, self.world_size, *self.offsets.shape, len(self.compared))
-        columns = (self.tensor, self.offsets, self.sizes, self.compared)
+        shape = self.boxes.offsets.shape
+        numbers = (_FORMAT, self.rank, self.world_size, len(self.tensor), *shape)
+        columns = (self.boxes.offsets, self.boxes.sizes, self.tensor, self.box, self.compared)
         parts = (np.asarray(numbers, np.int64), *columns)
         return digest_bytes([*(part.tobytes() for part in parts), self.structure])
 
@@ -131,13 +133,14 @@ class LocalPlan:
     def to_bytes(self) -> bytes:
         """Serialise for another rank."""
         shape, contents = self.shape, self.contents.to_bytes()
-        columns = (shape.offsets, shape.sizes, shape.tensor, shape.compared)
+        columns = (shape.boxes.offsets, shape.boxes.sizes, shape.tensor, shape.box, shape.compared)
         head = _HEAD.pack(
             _MAGIC,
             shape.rank,
             shape.world_size,
-            *shape.offsets.shape,
+            len(shape.tensor),
             len(shape.compared),
+            *shape.boxes.offsets.shape,
             len(shape.structure),
             len(contents),
         )
@@ -145,51 +148,57 @@ class LocalPlan:
 
     @classmethod
     def from_bytes(
-        cls, data: bytes | memoryview, structures: Structures | None = None
+        cls, data: bytes | memoryview, known: Structures | bytes | None = None
     ) -> LocalPlan:
         """Read what ``to_bytes`` wrote; thousands of ranks' are read in one go.
 
         Args:
             data: Of one rank.
-            structures: Of ranks that were read before; by default there are none.
+            known: Of ranks that were read before; or the structure itself, which ``data`` leaves
+                out. By default neither is known.
 
         Raises:
             InvalidDocument: The bytes are no local plan.
         """
-        rank, world_size, rows, width, *lengths = _read_head(data)
-        columns: list[npt.NDArray[Any]] = []
-        position = _HEAD.size
-        for dtype, count in zip(
-            ("<i8", "<i8", "<i4", "<i4", "u1"),
-            (rows * width, rows * width, rows, *lengths[:2]),
-            strict=True,
-        ):
-            columns.append(np.frombuffer(data, dtype, count, position))
-            position += columns[-1].nbytes
-        offsets, sizes, tensor, compared, structure = columns
+        numbers = _read_head(data)
+        rank, world_size, rows, compared, num_boxes, width, structure_size, _ = numbers
+        # Wide columns first: each is aligned as far as the whole plan is.
+        wide = np.frombuffer(data, "<i8", 2 * num_boxes * width, _HEAD.size)
+        position = _HEAD.size + wide.nbytes
+        narrow = np.frombuffer(data, "<i4", 2 * rows + compared, position)
+        position += narrow.nbytes
+        end = position + structure_size
+        offsets, sizes = wide.reshape(2, num_boxes, width)
+        if not isinstance(known, bytes):
+            known = (known or Structures()).one_of(memoryview(data)[position:end])
         shape = PlanShape(
             rank=rank,
             world_size=world_size,
-            structure=(structures or Structures()).one_of(structure),
-            tensor=tensor,
-            offsets=offsets.reshape(rows, width),
-            sizes=sizes.reshape(rows, width),
-            compared=compared,
+            structure=known,
+            tensor=narrow[:rows],
+            box=narrow[rows : 2 * rows],
+            boxes=Boxes(offsets, sizes),
+            compared=narrow[2 * rows :],
         )
-        return cls(shape, PlanContents.from_bytes(bytes(data[position:])))
+        return cls(shape, PlanContents.from_bytes(bytes(data[end:])))
 
 
 def _read_head(data: bytes | memoryview) -> tuple[int, ...]:
     """Numbers of a local plan that add up to its length."""
     if len(data) >= _HEAD.size:
         magic, *numbers = _HEAD.unpack_from(data)
-        _, _, rows, width, compared, structure, contents = numbers
-        size = _HEAD.size + rows * (16 * width + 4) + 4 * compared + structure + contents
+        _, _, rows, compared, num_boxes, width, structure, contents = numbers
+        columns = 16 * num_boxes * width + 8 * rows + 4 * compared
+        size = _HEAD.size + columns + structure + contents
         if magic == _MAGIC and min(numbers) >= 0 and size == len(data):
             return tuple(numbers)
     message = f"{len(data)} bytes that begin with {bytes(data[:8])!r} are no local plan"
-    problem = Problem("local plan", "header", message)
-    raise InvalidDocument(f"{message}; use one version of dcp_resume", problems=(problem,))
+    raise _not_ours("local plan", message)
+
+
+def _not_ours(where: str, message: str) -> InvalidDocument:
+    problem = Problem(where, "header", message)
+    return InvalidDocument(f"{message}; use one version of dcp_resume", problems=(problem,))
 
 
 def chunk_key(fqn: str, ordinal: int) -> str:
@@ -239,25 +248,12 @@ class RankPlan:
         return zip(tensors, names, keys, self.offsets.tolist(), self.sizes.tolist(), strict=True)
 
     def to_bytes(self) -> bytes:
-        """Serialise for its rank."""
-        meta: dict[str, Any] = {
-            "width": int(self.offsets.shape[1]),
-            "files": [[f.name, f.part] for f in self.files],
-            "names": list(self.names.items()),
-        }
-        return pack_columns(
-            _RANK_MAGIC,
-            {
-                "file": self.file,
-                "tensor": self.tensor,
-                "ordinal": self.ordinal,
-                "offsets": self.offsets.reshape(-1),
-                "sizes": self.sizes.reshape(-1),
-                "inline": np.frombuffer(pack_inline(self.inline), np.uint8),
-                "meta": np.frombuffer(json.dumps(meta).encode(), np.uint8),
-            },
-            {},
-        )
+        """Serialise for its rank; thousands of ranks' are written in one go."""
+        named = [[[f.name, f.part] for f in self.files], list(self.names.items())]
+        names, inline = json.dumps(named).encode(), pack_inline(self.inline)
+        head = _RANK_HEAD.pack(_RANK_MAGIC, *self.offsets.shape, len(names), len(inline))
+        columns = (self.offsets, self.sizes, self.file, self.tensor, self.ordinal)
+        return b"".join([head, *(column.tobytes() for column in columns), names, inline])
 
     @classmethod
     def from_bytes(cls, data: bytes) -> RankPlan:
@@ -266,32 +262,42 @@ class RankPlan:
         Raises:
             InvalidDocument: The bytes are no rank plan.
         """
-        schema = {
-            "file": ("i4", ()),
-            "tensor": ("i4", ()),
-            "ordinal": ("i4", ()),
-            "offsets": ("i8", ()),
-            "sizes": ("i8", ()),
-            "inline": ("u1", ()),
-            "meta": ("u1", ()),
-        }
-        _, columns = unpack_columns(_RANK_MAGIC, data, "rank plan", schema)
-        meta = json.loads(columns["meta"].tobytes())
-        shape = (len(columns["tensor"]), int(meta["width"]))
+        rows, width, names_size, _ = _read_rank_head(data)
+        wide = np.frombuffer(data, "<i8", 2 * rows * width, _RANK_HEAD.size)
+        narrow = np.frombuffer(data, "<i4", 3 * rows, _RANK_HEAD.size + wide.nbytes)
+        position = _RANK_HEAD.size + wide.nbytes + narrow.nbytes
+        end = position + names_size
+        offsets, sizes = wide.reshape(2, rows, width)
+        file, tensor, ordinal = narrow.reshape(3, rows)
+        files, names = json.loads(data[position:end])
         return cls(
-            files=tuple(FilePlan(name, part) for name, part in meta["files"]),
-            file=columns["file"],
-            tensor=columns["tensor"],
-            ordinal=columns["ordinal"],
-            offsets=columns["offsets"].reshape(shape),
-            sizes=columns["sizes"].reshape(shape),
-            names=dict(meta["names"]),
-            inline=unpack_inline(columns["inline"].tobytes()),
+            files=tuple(FilePlan(name, part) for name, part in files),
+            file=file,
+            tensor=tensor,
+            ordinal=ordinal,
+            offsets=offsets,
+            sizes=sizes,
+            names=dict(names),
+            inline=unpack_inline(data[end:]),
         )
 
 
+def _read_rank_head(data: bytes) -> tuple[int, ...]:
+    """Numbers of a rank plan that add up to its length."""
+    if len(data) >= _RANK_HEAD.size:
+        magic, *numbers = _RANK_HEAD.unpack_from(data)
+        rows, width, names, inline = numbers
+        size = _RANK_HEAD.size + rows * (16 * width + 12) + names + inline
+        if magic == _RANK_MAGIC and min(numbers) >= 0 and size == len(data):
+            return tuple(numbers)
+    message = f"{len(data)} bytes that begin with {data[:8]!r} are no rank plan"
+    raise _not_ours("rank plan", message)
+
+
 def pack_inline(inline: Mapping[str, bytes]) -> bytes:
-    """Name → bytes, as bytes."""
+    """Name → bytes, as bytes; none as none."""
+    if not inline:
+        return b""
     data = np.frombuffer(b"".join(inline.values()), np.uint8)
     sizes = [[name, len(data)] for name, data in inline.items()]
     return pack_columns(_INLINE_MAGIC, {"data": data}, {"sizes": sizes})
@@ -303,6 +309,8 @@ def unpack_inline(data: bytes) -> dict[str, bytes]:
     Raises:
         InvalidDocument: The bytes are no such table.
     """
+    if not data:
+        return {}
     meta, columns = unpack_columns(_INLINE_MAGIC, data, "inline values", {"data": ("u1", ())})
     joined, position = columns["data"].tobytes(), 0
     inline: dict[str, bytes] = {}

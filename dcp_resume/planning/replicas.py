@@ -10,12 +10,14 @@ import numpy.typing as npt
 
 from dcp_resume.errors import IncompletePlan, Problem, ReplicaMismatch
 from dcp_resume.manifest.models import TensorEntry
+from dcp_resume.planning.row_order import stable_order
 from dcp_resume.planning.table import Table
 from dcp_resume.planning.union import Union
 from dcp_resume.problems import summarise
 
 __all__ = ["Comparison", "Holders", "Named", "deduplicate", "join_aliases"]
 
+I32 = npt.NDArray[np.int32]
 I64 = npt.NDArray[np.int64]
 
 
@@ -24,9 +26,10 @@ class Named:
     """The chunks of all ranks, those of further names counted as the first name's."""
 
     table: Table
-    evidence: I64
+    """Its boxes are listed once each."""
+    evidence: I32
     """``[n]`` position of the chunk's digest among all that the ranks send; -1 for none."""
-    offered_as: I64
+    offered_as: I32
     """``[n]`` the tensor under whose name a rank holds the chunk."""
     tensors: tuple[TensorEntry, ...]
     first: Mapping[int, int]
@@ -35,7 +38,7 @@ class Named:
 
 def join_aliases(
     table: Table,
-    evidence: I64,
+    evidence: I32,
     tensors: tuple[TensorEntry, ...],
     union: Union,
 ) -> Named:
@@ -61,9 +64,9 @@ def join_aliases(
             first[position] = other
             resolved[position] = entry.model_copy(update={"kind": "alias"})
     _refuse_unlike(tensors, first)
-    moved = np.arange(len(tensors), dtype=np.int64)
+    moved = np.arange(len(tensors), dtype=np.int32)
     moved[list(first)] = list(first.values())
-    joined = Table(moved[table.tensor], table.rank, table.offsets, table.sizes)
+    joined = Table(moved[table.tensor], table.rank, table.box, table.boxes) if first else table
     return Named(joined, evidence, table.tensor, tuple(resolved), first)
 
 
@@ -93,7 +96,7 @@ def _refuse_unlike(tensors: Sequence[TensorEntry], first: Mapping[int, int]) -> 
 class Holders:
     """The ranks that hold each distinct chunk, end to end."""
 
-    ranks: I64
+    ranks: I32
     """Ascending for each chunk; twice where a rank holds it under two names."""
     starts: I64
     """``[chunks]`` where each chunk's ranks begin."""
@@ -112,43 +115,19 @@ class Holders:
         return list(dict.fromkeys(self.ranks[start : start + int(self.counts[chunk])].tolist()))
 
 
-def _grouped(table: Table) -> tuple[I64, npt.NDArray[np.bool_]]:
-    """Rows in an order that makes equal chunks neighbours, and which of them begins a group.
-
-    Equal rows keep the order of the table.
-    """
-    if not len(table.tensor):
-        return np.zeros(0, np.int64), np.zeros(0, bool)
-    columns = [table.tensor, *table.offsets.T, *table.sizes.T]
-    mix = np.uint64(0x9E3779B97F4A7C15)
-    hashed = np.zeros(len(table.tensor), np.uint64)
-    with np.errstate(over="ignore"):
-        for column in columns:
-            hashed = (hashed ^ column.astype(np.uint64)) * mix
-            hashed ^= hashed >> np.uint64(29)
-    order = np.argsort(hashed, kind="stable")
-    begins = np.r_[True, np.diff(hashed[order]) != 0]
-    members, before = order[1:][~begins[1:]], order[:-1][~begins[1:]]
-    if all(np.array_equal(column[members], column[before]) for column in columns):
-        return order, begins
-    order = np.lexsort(columns[::-1])  # two boxes met under one hash
-    differ = [column[order[1:]] != column[order[:-1]] for column in columns]
-    return order, np.r_[True, np.logical_or.reduce(differ)]
-
-
 @dataclass(frozen=True, slots=True)
 class Comparison:
     """Which of the ranks' digests must be equal: ``c`` copies, each with the first of its kind."""
 
     num_digests: int
     """Of all ranks."""
-    digest: I64
+    digest: I32
     """``[c, 2]`` positions among the ranks' digests, end to end; -1 where a rank sends none."""
-    rank: I64
+    rank: I32
     """``[c, 2]``"""
-    offered_as: I64
+    offered_as: I32
     """``[c, 2]`` the tensors under whose names the ranks hold it."""
-    tensor: I64
+    tensor: I32
     """``[c]``"""
     tensors: tuple[TensorEntry, ...]
     first: Mapping[int, int]
@@ -186,17 +165,31 @@ def deduplicate(named: Named) -> tuple[Table, Holders, Comparison]:
     Raises:
         ReplicaMismatch: A tied tensor is cut otherwise than the one that it is tied to.
     """
-    order, begins = _grouped(named.table)
+    table = named.table
+    keys = table.tensor.astype(np.int64)
+    keys *= len(table.boxes)
+    keys += table.box
+    if not named.first and _are_distinct(keys):
+        order, counts = np.arange(len(keys)), np.ones(len(keys), np.int64)
+        return table, Holders(table.rank, order, counts), _comparison(named, order, order, counts)
+    order, keys = stable_order(keys)
+    begins = np.append(True, keys[1:] != keys[:-1])[: len(keys)]
     starts = np.flatnonzero(begins)
     counts = np.diff(starts, append=len(order))
     _refuse_cut(named, order, starts, counts)
+    comparison = _comparison(named, order, starts, counts)
     place = np.zeros(len(order), np.int64)
     place[order[starts]] = np.arange(len(starts))
     is_first = np.zeros(len(order), bool)
     is_first[order[starts]] = True
     groups = place[is_first]
-    holders = Holders(named.table.rank[order], starts[groups], counts[groups])
-    return named.table.where(is_first), holders, _comparison(named, order, starts, counts)
+    holders = Holders(table.rank[order], starts[groups], counts[groups])
+    return table.where(is_first), holders, comparison
+
+
+def _are_distinct(keys: I64) -> bool:
+    ascending = np.sort(keys)
+    return bool((ascending[1:] != ascending[:-1]).all())
 
 
 def _comparison(named: Named, order: I64, starts: I64, counts: I64) -> Comparison:

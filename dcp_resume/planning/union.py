@@ -64,11 +64,13 @@ def unite(plans: Sequence[PlanShape]) -> Union:
             f"declare the same layouts on every rank",
             problems=tuple(problems),
         )
-    is_own = np.zeros(len(tensors), bool)
+    held = {structure: np.zeros(len(row), bool) for structure, row in global_ids.items()}
     for plan in plans:
         # A rank whose shard is empty cannot tell that it is tied, and has no say.
-        held = plan.tensor[own[plan.structure][plan.tensor]]
-        is_own[np.asarray(global_ids[plan.structure], np.int64)[held]] = True
+        held[plan.structure][plan.tensor] = True
+    is_own = np.zeros(len(tensors), bool)
+    for structure, row in global_ids.items():
+        is_own[np.asarray(row, np.int64)[held[structure] & own[structure]]] = True
     return Union(tuple(tensors), meshes, global_ids, is_own)
 
 

@@ -8,7 +8,6 @@ from typing import Any, ClassVar
 
 from dcp_resume.errors import StorageError, StoreNotShared
 from dcp_resume.format.digests import DigestAlgorithm, choose_block_size, digest_hex
-from dcp_resume.format.dtypes import ITEMSIZES
 from dcp_resume.manifest.history import RunHistory
 from dcp_resume.manifest.keys import (
     CATALOG_NAME,
@@ -138,7 +137,7 @@ class Attempt:
             resume_source=run.opened.resume_source,
         )
         run.store.prepare(attempt_prefix(step, identity.attempt))
-        block_size = choose_block_size(_num_bytes(plan))
+        block_size = choose_block_size(plan.layout.num_bytes)
         return cls(
             run,
             identity,
@@ -296,13 +295,3 @@ class Attempt:
             (MANIFEST_NAME, documents.manifest_bytes),
         ):
             self.run.store.write(prefix + name, [memoryview(data)])
-
-
-def _num_bytes(plan: GlobalPlan) -> int:
-    itemsizes = [ITEMSIZES[entry.dtype] for entry in plan.tensors]
-    chunks = plan.layout.chunks
-    volumes = chunks.sizes.prod(axis=1).tolist()
-    return sum(
-        volume * itemsizes[tensor]
-        for tensor, volume in zip(chunks.tensor.tolist(), volumes, strict=True)
-    )

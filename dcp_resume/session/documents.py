@@ -26,7 +26,8 @@ from dcp_resume.format.digests import (
     fold,
 )
 from dcp_resume.format.dtypes import ITEMSIZES
-from dcp_resume.format.index_check import check_index
+from dcp_resume.format.index_check import check_structure
+from dcp_resume.format.index_structure import IndexStructure
 from dcp_resume.format.position_digest import PositionDigest
 from dcp_resume.manifest.checks import checkpoint_problems
 from dcp_resume.manifest.keys import CATALOG_NAME, INDEX_NAME, MANIFEST_NAME
@@ -54,8 +55,6 @@ from dcp_resume.problems import summarise
 from dcp_resume.session.milestones import rank_times
 from dcp_resume.session.tensor_digests import can_have_digest, with_digest
 from dcp_resume.session.writing import RankReport
-
-I64 = npt.NDArray[np.int64]
 
 __all__ = [
     "AttemptIdentity",
@@ -114,34 +113,13 @@ class Documents:
 
 @dataclass(frozen=True, slots=True)
 class FileTables:
-    """Files, and chunks by file and position, as catalog and index list them.
-
-    F files, C chunks, N blocks; D is the largest number of dims.
-    """
+    """Files and their chunks, as catalog and index list them."""
 
     files: tuple[FileEntry, ...]
-    counts: I64
-    """``[F]`` chunks of each."""
-    tensor: I64
-    """``[C]`` position in the catalog, or ``UNUSED``."""
-    offsets: I64
-    """``[C, D]``"""
-    sizes: I64
-    """``[C, D]``"""
+    structure: IndexStructure
+    """Of the chunks, by file and position."""
     digests: npt.NDArray[np.uint8]
     """``[N, 16]`` of the blocks."""
-
-    @classmethod
-    def joined(cls, tables: Sequence[FileTables]) -> FileTables:
-        """Tables one behind the other."""
-        return cls(
-            tuple(file for table in tables for file in table.files),
-            np.concatenate([table.counts for table in tables]),
-            np.concatenate([table.tensor for table in tables]),
-            np.concatenate([table.offsets for table in tables]),
-            np.concatenate([table.sizes for table in tables]),
-            np.concatenate([table.digests for table in tables]),
-        )
 
 
 def planned_tables(
@@ -154,13 +132,10 @@ def planned_tables(
         reports: One report a rank.
         algorithm: Of the digests.
     """
-    layout, chunks = plan.layout, plan.layout.chunks
+    layout = plan.layout
     return FileTables(
         file_entries(layout.names, layout.parts, layout.ranks.tolist(), reports, algorithm),
-        layout.file_chunk_count.astype(np.int64),
-        chunks.tensor,
-        chunks.offsets,
-        chunks.sizes,
+        layout.structure,
         np.concatenate([report.digests for report in reports]),
     )
 
@@ -204,14 +179,7 @@ def build_documents(
     """
     algorithm = DigestAlgorithm(signing.digest_algorithm)
     files = tables.files
-    index = ChunkIndex.build(
-        file_chunk_count=tables.counts,
-        chunk_tensor=tables.tensor,
-        offsets=tables.offsets,
-        sizes=tables.sizes,
-        ndims=np.asarray([len(entry.global_shape) for entry in plan.tensors], np.int64),
-        block_digest=tables.digests,
-    )
+    index = tables.structure.index.with_digests(tables.digests)
     index_bytes = index.to_bytes()
     catalog = _catalog(plan, reports, files)
     catalog_bytes = encode(catalog)
@@ -255,7 +223,7 @@ def build_documents(
         catalog=_reference(CATALOG_NAME, catalog_bytes, algorithm),
         chunk_index=_index_reference(index_bytes, algorithm),
     )
-    _refuse_unreadable(manifest, catalog, index)
+    _refuse_unreadable(manifest, catalog, tables)
     manifest_bytes = encode(manifest, partial(signing.sign, MANIFEST_NAME))
     return Documents(manifest, catalog, index, manifest_bytes, catalog_bytes, index_bytes)
 
@@ -297,10 +265,10 @@ def tensor_digests(plan: GlobalPlan, sums: npt.NDArray[np.uint64]) -> list[Posit
     return [PositionDigest(total, squares) for total, squares in totals.tolist()]
 
 
-def _refuse_unreadable(manifest: Manifest, catalog: Catalog, index: ChunkIndex) -> None:
+def _refuse_unreadable(manifest: Manifest, catalog: Catalog, tables: FileTables) -> None:
     """Hold the documents to what readers will: what nobody can open must not become a commit."""
     problems = checkpoint_problems(manifest, catalog, ITEMSIZES)
-    problems = problems or check_index(index, catalog, manifest)
+    problems = problems or check_structure(tables.structure, tables.digests, catalog, manifest)
     if problems:
         raise IncompletePlan(
             f"step {manifest.step} would be a checkpoint that no reader accepts; nothing was "

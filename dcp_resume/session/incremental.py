@@ -20,11 +20,11 @@ from dcp_resume.manifest.keys import MANIFEST_NAME
 from dcp_resume.session.attempt import Attempt, Order, Run
 from dcp_resume.session.changed import Division, write_all, write_changed
 from dcp_resume.session.commit import Committed, no_checkpoint
-from dcp_resume.session.documents import Facts, FileTables, planned_tables
+from dcp_resume.session.documents import Facts, planned_tables
 from dcp_resume.session.located import Located
 from dcp_resume.session.milestones import Milestones
 from dcp_resume.session.opening import OpenedCheckpoint, open_checkpoint
-from dcp_resume.session.references import commits_of, referred_tables, written_tables
+from dcp_resume.session.references import as_tables, commits_of, referred_files, written_files
 from dcp_resume.session.unchanged import ChunkId, ChunkMemory, StoredChunk, stored_chunks
 from dcp_resume.session.writing import RankReport, StagedRank
 
@@ -110,11 +110,11 @@ class IncrementalSave:
         reports, divisions = [report for report, _ in told], [division for _, division in told]
         references: tuple[int, ...] = ()
         if attempt.refers_to:
-            tables = written_tables(attempt.plan, reports, divisions, attempt.algorithm)
+            files = [written_files(attempt.plan, reports, divisions, attempt.algorithm)]
             if any(len(division.referred) for division in divisions):
                 parent = self._parent_again(attempt.refers_to)
-                referred = referred_tables(attempt.plan, divisions, parent)
-                tables = FileTables.joined([tables, *referred])
+                files += referred_files(attempt.plan, divisions, parent)
+            tables = as_tables(attempt.plan, files)
             history = self.run.log.history
             references = commits_of(history, attempt.refers_to, tables.files)
         else:

@@ -15,6 +15,7 @@ import numpy as np
 from dcp_resume.errors import ConfigurationError
 from dcp_resume.format.chunk_index import UNUSED
 from dcp_resume.manifest.keys import new_attempt_id
+from dcp_resume.planning.box_rows import Boxes
 from dcp_resume.planning.files import lay_out_files
 from dcp_resume.planning.merge import GlobalPlan
 from dcp_resume.planning.table import Table
@@ -114,16 +115,15 @@ def _as_stored(opened: OpenedCheckpoint) -> GlobalPlan:
     manifest, catalog, index = opened.manifest, opened.catalog, opened.index
     used = np.flatnonzero(index.chunk_tensor != UNUSED)
     world_size = manifest.topology.world_size
-    writers = np.asarray([file.rank % world_size for file in catalog.files], np.int64)
+    writers = np.asarray([file.rank % world_size for file in catalog.files], np.int32)
     chunks = Table(
-        index.chunk_tensor[used].astype(np.int64),
+        index.chunk_tensor[used].astype(np.int32),
         writers[index.chunk_file[used]],
-        index.chunk_offsets[used],
-        index.chunk_sizes[used],
+        index.chunk_box[used].astype(np.int32),
+        Boxes(index.box_offsets, index.box_sizes),
     )
     return GlobalPlan(
         world_size=world_size,
-        tensors=catalog.tensors,
         meshes=manifest.topology.meshes,
         manifest_values={leaf.fqn: (leaf.path, leaf.value) for leaf in manifest.leaves},
         num_values={name: part.num_leaves for name, part in manifest.parts.items()},

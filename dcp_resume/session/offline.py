@@ -9,11 +9,8 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 
-import numpy as np
-
 from dcp_resume.errors import CommitUnknown, DcpResumeError, StorageError
 from dcp_resume.format.digests import DigestAlgorithm, choose_block_size
-from dcp_resume.format.dtypes import ITEMSIZES
 from dcp_resume.manifest.history import RunHistory
 from dcp_resume.manifest.keys import (
     CATALOG_NAME,
@@ -60,9 +57,7 @@ class OfflineAttempt:
         self._step = step
         self._attempt = new_attempt_id()
         self.prefix = attempt_prefix(step, self._attempt)
-        chunks, tensors = plan.layout.chunks, plan.tensors
-        itemsize = np.asarray([ITEMSIZES[entry.dtype] for entry in tensors] or [1], np.int64)
-        self.num_bytes = int((chunks.sizes.prod(axis=1) * itemsize[chunks.tensor]).sum())
+        self.num_bytes = plan.layout.num_bytes
         """Bytes of all tensors."""
         self._block_size = choose_block_size(self.num_bytes)
         self._tensor_digests = tensor_digests

@@ -133,7 +133,8 @@ class PlanMemory:
             return [same + inline, *[same + nothing] * (len(ballots) - 1)]
         answers: list[bytes] = []
         for rank in range(len(ballots)):
-            part = replace(plan.rank_plan(rank), inline={}).to_bytes()
+            rank_plan = plan.rank_plan(rank)
+            part = (rank_plan if rank else replace(rank_plan, inline={})).to_bytes()
             head = _NEW + self._merge.fingerprint + len(part).to_bytes(8, "little")
             answers.append(head + part + (nothing if rank else inline))
         return answers
@@ -159,7 +160,6 @@ def _plans(ballots: Sequence[bytes]) -> list[LocalPlan]:
         if ballot[:1] == _NEW:
             plans.append(LocalPlan.from_bytes(memoryview(ballot)[1:], known))
             continue
-        brief = LocalPlan.from_bytes(memoryview(ballot)[1 + DIGEST_BYTES :])
-        structure = known.kept(named[ballot[1 : 1 + DIGEST_BYTES]])
-        plans.append(replace(brief, shape=replace(brief.shape, structure=structure)))
+        body = memoryview(ballot)[1 + DIGEST_BYTES :]
+        plans.append(LocalPlan.from_bytes(body, named[ballot[1 : 1 + DIGEST_BYTES]]))
     return plans

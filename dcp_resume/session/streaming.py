@@ -172,11 +172,13 @@ class FileStreamer:
 
 def _chunks(layout: FileLayout, tensors: Sequence[TensorEntry], file: int) -> list[_Chunk]:
     first, last = np.searchsorted(layout.file, [file, file + 1]).tolist()
+    own = layout.chunks.take(slice(first, last))
     chunks: list[_Chunk] = []
-    for row in range(first, last):
-        entry = tensors[int(layout.chunks.tensor[row])]
-        ndim = len(entry.global_shape)
-        box = unpad_box(layout.chunks.offsets[row], layout.chunks.sizes[row], ndim)
+    for row, tensor, offsets, sizes in zip(
+        range(first, last), own.tensor.tolist(), own.offsets, own.sizes, strict=True
+    ):
+        entry = tensors[tensor]
+        box = unpad_box(offsets, sizes, len(entry.global_shape))
         line = ChunkHeader(layout.key_of(row), entry.dtype, box.sizes, box.offsets)
         stored = StoredBox(entry.fqn, box, ITEMSIZES[entry.dtype])
         chunks.append(_Chunk(line, stored, entry))

@@ -16,7 +16,7 @@ from dcp_resume.manifest.boxes import Box
 from dcp_resume.manifest.models import TensorEntry
 from dcp_resume.planning import merged_shapes as merging
 from dcp_resume.planning.balance import assign_writers, share_rows
-from dcp_resume.planning.box_rows import pad_boxes
+from dcp_resume.planning.box_rows import Boxes
 from dcp_resume.planning.merge import merge
 from dcp_resume.planning.plans import (
     LocalPlan,
@@ -46,14 +46,14 @@ def entry(name, shape, dtype="float32"):
 
 def local_plan(rank, entries, chunks, digests=None):
     """A rank's plan; ``chunks`` are pairs of a position in ``entries`` and a box."""
-    offsets, sizes = pad_boxes([box for _, box in chunks], 3)
+    boxes, box = Boxes.listing([box for _, box in chunks], 3)
     shape = PlanShape(
         rank=rank,
         world_size=0,
         structure=encode_structure(entries, []),
         tensor=np.array([tensor for tensor, _ in chunks], np.int32),
-        offsets=offsets,
-        sizes=sizes,
+        box=box,
+        boxes=boxes,
         compared=np.arange(0 if digests is None else len(chunks), dtype=np.int32),
     )
     return LocalPlan(shape, PlanContents(b"" if digests is None else digests.tobytes(), NO_VALUES))

@@ -13,7 +13,7 @@ from dcp_resume.errors import IncompletePlan, InvalidDocument, ReplicaMismatch, 
 from dcp_resume.format.leaves import pack_leaves
 from dcp_resume.manifest.boxes import Box
 from dcp_resume.manifest.models import TensorEntry
-from dcp_resume.planning.box_rows import pad_boxes
+from dcp_resume.planning.box_rows import Boxes
 from dcp_resume.planning.merge import merge
 from dcp_resume.planning.plans import (
     LocalPlan,
@@ -44,14 +44,14 @@ def offered(rank, world_size, names=("a", "b"), digest=b"=", values=None, dtype=
     bounds = [ROWS * r // world_size for r in (rank, rank + 1)]
     own = Box((bounds[0], 0), (bounds[1] - bounds[0], 2))
     boxes = [*[own] * len(names), Box((0, 0), (ROWS, 2))]
-    offsets, sizes = pad_boxes(boxes, 2)
+    listed, box = Boxes.listing(boxes, 2)
     shape = PlanShape(
         rank=rank,
         world_size=world_size,
         structure=encode_structure(entries, []),
         tensor=np.arange(len(boxes), dtype=np.int32),
-        offsets=offsets,
-        sizes=sizes,
+        box=box,
+        boxes=listed,
         compared=np.array([len(names)], np.int32),
     )
     leaves = {fqn: (tuple(fqn.split(".")), value) for fqn, value in (values or {}).items()}
@@ -195,8 +195,8 @@ def test_each_part_of_a_shape_is_in_its_fingerprint():
         "world_size": 4,
         "structure": shape.structure + b" ",
         "tensor": shape.tensor[::-1],
-        "offsets": shape.offsets + 1,
-        "sizes": shape.sizes + 1,
+        "box": shape.box[::-1],
+        "boxes": Boxes(shape.boxes.offsets + 1, shape.boxes.sizes),
         "compared": shape.compared - 1,
     }
     values = {field.name: getattr(shape, field.name) for field in fields(shape)}
@@ -208,7 +208,6 @@ def test_each_part_of_a_shape_is_in_its_fingerprint():
 
 def test_ten_thousand_ranks():
     num_ranks = 10_000
-    rows = np.array([[0, 0], [1, 2]])
     structure = encode_structure(
         [entry("w").model_copy(update={"global_shape": (num_ranks, 2)}), entry("all")], []
     )
@@ -219,8 +218,8 @@ def test_ten_thousand_ranks():
             world_size=num_ranks,
             structure=structure,
             tensor=np.arange(2, dtype=np.int32),
-            offsets=np.array([[rank, 0], [0, 0]]),
-            sizes=np.array([rows[1], [ROWS, 2]]),
+            box=np.arange(2, dtype=np.int32),
+            boxes=Boxes(np.array([[rank, 0], [0, 0]]), np.array([[1, 2], [ROWS, 2]])),
             compared=np.arange(compared, 2, dtype=np.int32),
         )
         return LocalPlan(shape, PlanContents(digest * 16, pack_leaves({})))

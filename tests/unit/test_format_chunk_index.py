@@ -159,6 +159,18 @@ def test_places_and_blocks_are_derived():
     assert index.tensors_in_block(1, 1, blocks=blocks, begins=begins) == [0, 3]
 
 
+def test_chunks_may_name_boxes_by_number():
+    counts, tensors, ndims = [3, 2], [0, 1, 2, 0, 1], [1, 2, 2]
+    offsets, sizes = np.array([[4, 0], [9, 9], [0, 0]]), np.array([[2, 1], [9, 9], [3, 1]])
+    box, digests = np.array([0, 2, 0, 2, 0]), np.zeros((4, 16), np.uint8)
+    by_number = ChunkIndex.build(counts, tensors, offsets, sizes, ndims, digests, box)
+    spelt_out = ChunkIndex.build(counts, tensors, offsets[box], sizes[box], ndims, digests)
+    assert by_number.to_bytes() == spelt_out.to_bytes()
+    # A box that no chunk has is not listed; one of two numbers of dimensions is, twice.
+    assert by_number.box_ndim.tolist() == [1, 1, 2, 2]
+    assert by_number.chunk_offsets.tolist() == [[4, 0], [0, 0], [4, 0], [0, 0], [4, 0]]
+
+
 def test_an_empty_checkpoint():
     case = checkpoint([], [])
     assert case.problems() == []
@@ -217,6 +229,50 @@ def test_faults_are_found_and_named(break_it, kinds, text):
     problems = break_it(small()).problems()
     assert {problem.kind for problem in problems} == kinds
     assert re.search(text, str(problems[0])), problems
+
+
+ALIKE = [
+    ("a", "int8", (4,), "sharded"),
+    ("b", "int8", (4,), "sharded"),
+    ("c", "int8", (4,), "sharded"),
+    ("other", "int8", (2, 2), "sharded"),
+]
+
+
+@pytest.mark.parametrize(
+    ("boxes_of_c", "wrong"),
+    [
+        ([((0,), (2,)), ((2,), (2,))], set()),
+        ([((0,), (2,)), ((1,), (2,))], {("c", "overlap")}),
+        ([((0,), (2,)), ((0,), (2,))], {("c", "overlap")}),
+        ([((0,), (2,))], {("c", "hole")}),
+        ([], {("c", "hole")}),
+        ([((0,), (4,)), ((4,), (2,))], {("c", "bounds")}),
+    ],
+)
+def test_a_tensor_unlike_those_of_its_shape_is_found(boxes_of_c, wrong):
+    files = [
+        [(t, (start,), (2,)) for t in (0, 1) for start in (0, 2)],
+        [(2, *box) for box in boxes_of_c] + [(3, (0, 0), (2, 2))],
+    ]
+    problems = checkpoint(ALIKE, files).problems()
+    assert {(problem.where, problem.kind) for problem in problems} == wrong
+
+
+def test_what_is_wrong_with_tensors_that_are_alike_is_said_of_each():
+    overlapping = [((0,), (3,)), ((2,), (1,))]
+    files = [[(t, *box) for t in range(3) for box in overlapping] + [(3, (0, 0), (2, 2))]]
+    problems = checkpoint(ALIKE, files).problems()
+    assert [(problem.where, problem.kind) for problem in problems] == [
+        (name, "overlap") for name in "abc"
+    ]
+    assert "chunk 4 (in f0)" in str(problems[2]).replace(".safetensors", "")
+
+
+def test_a_tensor_without_chunks_is_not_taken_for_an_alias_of_its_shape():
+    tensors = [("tied", "int8", (4,), "alias"), ("w", "int8", (4,), "sharded")]
+    (problem,) = checkpoint(tensors, [[]]).problems()
+    assert (problem.where, problem.kind) == ("w", "hole")
 
 
 def test_blocks_must_be_as_many_as_the_rule_makes():

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from dcp_resume.errors import IncompletePlan, InvalidDocument, ReplicaMismatch
+from dcp_resume.planning.box_rows import Boxes
 from dcp_resume.planning.declarations import Declarations
 from dcp_resume.planning.local_plans import local_plan
 from dcp_resume.planning.merge import merge
@@ -34,8 +35,12 @@ def same(a, b):
     """Whether two plans have the same fields."""
     for name in (field.name for field in fields(a)):
         left, right = getattr(a, name), getattr(b, name)
-        equal = np.array_equal(left, right) if isinstance(left, np.ndarray) else left == right
-        assert equal, name
+        if isinstance(left, Boxes):
+            assert same(left, right), name
+        elif isinstance(left, np.ndarray):
+            assert np.array_equal(left, right), name
+        else:
+            assert left == right, name
     return True
 
 
