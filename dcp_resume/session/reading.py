@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import resource
 import threading
-from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Generator, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import closing
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -16,14 +18,17 @@ from dcp_resume.planning.byte_reads import BoxCopy, BytesCopy, ChunkPlace, Read,
 from dcp_resume.planning.overlaps import Wanted, find_overlaps
 from dcp_resume.session.opening import OpenedCheckpoint
 from dcp_resume.session.targets import Target
-from dcp_resume.storage import ByteRange, ObjectStore, RangeRead
+from dcp_resume.storage import ByteRange, ObjectStore, RangeRead, read_each
 
 __all__ = ["ReadOutcome", "plan_boxes", "read_targets"]
 
 MAX_GAP_BYTES = 256 * 1024
 """A gap up to this is read along: a request costs more than its bytes."""
 NUM_READERS = 4
-"""Each needs memory for one read beside the state: the store's ``read_bytes``, or a block."""
+"""Once the store lets the first one wait; where bytes are at hand, more readers only take each
+other's cache and turns. Each has memory for one read: the store's ``read_bytes``, or a block."""
+RUN_BYTES = 8 * 2**20
+"""Ranges that one reader takes at once, so that it opens their file once."""
 
 
 @dataclass(slots=True)
@@ -85,68 +90,96 @@ def plan_boxes(
 
 
 class _Reader:
-    """Shared state of the reader threads of one rank."""
+    """What the readers of one rank share: the runs that are left, and the outcome."""
 
     def __init__(
-        self, store: ObjectStore, opened: OpenedCheckpoint, targets: Sequence[Target]
+        self,
+        store: ObjectStore,
+        opened: OpenedCheckpoint,
+        targets: Sequence[Target],
+        reads: Sequence[Read],
     ) -> None:
         self._store = store
         self._opened = opened
         self._targets = targets
-        self._local = threading.local()
+        self._runs = _runs(reads)
+        self._buffer_bytes = max((read.stop - read.start for read in reads), default=0)
+        files = {read.file for read in reads}
+        self._bounds: dict[int, list[int]] = {f: opened.block_bounds(f).tolist() for f in files}
         self._lock = threading.Lock()
+        self._is_stopped = False
         self.outcome = ReadOutcome()
 
-    def run(self, read: Read) -> None:
-        """Fetch, prove and copy one range; does nothing once a fault was found."""
-        if self.outcome.problems:
-            return
-        length = read.stop - read.start
-        buffer = self._buffer(length)
-        problem = self._fetch(read, buffer)
-        if problem is not None and problem.kind == "digest":
-            # What went wrong on the wire is right the second time.
-            reason = f"wrong digest: {problem.message}"
-            emit(StorageRetried(key=problem.where, attempt=1, delay_s=0.0, reason=reason))
-            problem = self._fetch(read, buffer)
-        if problem is not None:
-            self._fault(problem)
-            return
-        with self._lock:
-            self.outcome.num_bytes += length
-            self.outcome.written_fqns.update(self._targets[c.target].fqn for c in read.copies)
-        for copy in read.copies:
-            if isinstance(copy, BytesCopy):
-                self._copy_bytes(copy, read.start, buffer)
-            else:
-                self._copy_box(copy, read.start, buffer)
+    def read_all(self) -> None:
+        """Carry out what is left, beside other readers."""
+        for _ in self.read_runs():
+            pass
 
-    def _fetch(self, read: Read, buffer: memoryview) -> Problem | None:
-        key = self._opened.file_key(read.file)
+    def read_runs(self) -> Generator[bool]:
+        """Carry out run after run until none is left or a fault was found.
+
+        Each reader has a buffer of its own: warm pages, small enough to stay in the cache.
+
+        Yields:
+            After each run, whether it had to wait for the store.
+        """
+        buffer = np.empty(self._buffer_bytes, np.uint8).data
         try:
-            self._store.read_into(key, [RangeRead(ByteRange(read.start, read.stop), buffer)])
+            while (run := self._next_run()) is not None:
+                yield self._carry_out(run, buffer)
+        finally:
+            # All is read; or the store failed: each further read of another reader would only try
+            # again until its own deadline.
+            self._is_stopped = True
+
+    def _next_run(self) -> Sequence[Read] | None:
+        with self._lock:
+            return None if self._is_stopped else next(self._runs, None)
+
+    def _carry_out(self, run: Sequence[Read], buffer: memoryview) -> bool:
+        key = self._opened.file_key(run[0].file)
+        progress = _Progress(run[0])
+        try:
+            read_each(self._store, key, self._requests(run, key, buffer, progress))
         except (KeyNotFound, ShortRead) as error:
             # Damage of this checkpoint. Any other storage error says nothing about it, and is
             # raised: an older checkpoint would not be easier to read.
-            return Problem(key, "read", f"bytes {read.start} to {read.stop}: {error}")
-        return self._prove(read, key, buffer)
+            read = progress.read
+            self._fault(Problem(key, "read", f"bytes {read.start} to {read.stop}: {error}"))
+        return progress.has_waited
 
-    def _buffer(self, length: int) -> memoryview:
-        """Thread-local memory: warm pages, small enough to stay in the cache."""
-        memory: np.ndarray[tuple[int], np.dtype[np.uint8]] | None
-        memory = getattr(self._local, "memory", None)
-        if memory is None or len(memory) < length:
-            memory = np.empty(max(length, self._store.read_bytes), np.uint8)
-            self._local.memory = memory
-        return memory[:length].data
+    def _requests(
+        self, run: Sequence[Read], key: str, buffer: memoryview, progress: _Progress
+    ) -> Iterator[RangeRead]:
+        """Ask for each range; when it is filled, prove it and copy what is wanted out of it."""
+        for read in run:
+            if self.outcome.problems:
+                return
+            progress.read = read
+            data = buffer[: read.stop - read.start]
+            request = RangeRead(ByteRange(read.start, read.stop), data)
+            switches = _voluntary_switches()
+            yield request
+            progress.has_waited = progress.has_waited or _voluntary_switches() > switches
+            problem = self._prove(read, key, data)
+            if problem is not None:
+                # What went wrong on the wire is right the second time.
+                reason = f"wrong digest: {problem.message}"
+                emit(StorageRetried(key=key, attempt=1, delay_s=0.0, reason=reason))
+                yield request
+                problem = self._prove(read, key, data)
+            if problem is not None:
+                self._fault(problem)
+                return
+            self._place(read, data)
 
-    def _prove(self, read: Read, key: str, buffer: memoryview) -> Problem | None:
-        bounds = self._opened.block_bounds(read.file)
-        number = read.first_block
-        while number < len(bounds) - 1 and bounds[number] < read.stop:
-            start, stop = int(bounds[number]), int(bounds[number + 1])
-            data = buffer[start - read.start : stop - read.start]
-            found, expected = self._opened.block_digests(read.file, number, data)
+    def _prove(self, read: Read, key: str, data: memoryview) -> Problem | None:
+        bounds = self._bounds[read.file]
+        number, start = read.first_block, read.start
+        while start < read.stop:
+            stop = bounds[number + 1]
+            block = data[start - read.start : stop - read.start]
+            found, expected = self._opened.block_digests(read.file, number, block)
             if found != expected:
                 names = ", ".join(self._opened.fqns_in_block(read.file, number)) or "header"
                 return Problem(
@@ -155,28 +188,67 @@ class _Reader:
                     f"block {number} (bytes {start} to {stop}; {names}) has digest "
                     f"{found.hex()}, expected {expected.hex()}",
                 )
-            number += 1
+            number, start = number + 1, stop
         return None
 
     def _fault(self, problem: Problem) -> None:
         with self._lock:
             self.outcome.problems.append(problem)
 
-    def _copy_bytes(self, copy: BytesCopy, start: int, buffer: memoryview) -> None:
+    def _place(self, read: Read, data: memoryview) -> None:
+        """Copy proved bytes to where they are wanted: the one way into a target's memory."""
+        with self._lock:
+            self.outcome.num_bytes += read.stop - read.start
+            self.outcome.written_fqns.update(self._targets[c.target].fqn for c in read.copies)
+        for copy in read.copies:
+            if isinstance(copy, BytesCopy):
+                self._copy_bytes(copy, read.start, data)
+            else:
+                self._copy_box(copy, read.start, data)
+
+    def _copy_bytes(self, copy: BytesCopy, start: int, data: memoryview) -> None:
         begin = copy.source_begin - start
         memory = self._targets[copy.target].memory
-        memory[copy.target_begin : copy.target_begin + copy.length] = buffer[
+        memory[copy.target_begin : copy.target_begin + copy.length] = data[
             begin : begin + copy.length
         ]
 
-    def _copy_box(self, copy: BoxCopy, start: int, buffer: memoryview) -> None:
+    def _copy_box(self, copy: BoxCopy, start: int, data: memoryview) -> None:
         target = self._targets[copy.target]
         item = len(target.memory) // max(target.box.volume, 1)
-        source = _as_array(buffer, copy.source_begin - start, copy.source_sizes, item)
+        source = _as_array(data, copy.source_begin - start, copy.source_sizes, item)
         memory = _as_array(target.memory, 0, target.box.sizes, item)
         memory[_slices(copy.target_offsets, copy.sizes, item)] = source[
             _slices(copy.source_offsets, copy.sizes, item)
         ]
+
+
+@dataclass(slots=True)
+class _Progress:
+    """How far one run is."""
+
+    read: Read
+    """The range that is asked for."""
+    has_waited: bool = False
+
+
+def _runs(reads: Sequence[Read]) -> Iterator[Sequence[Read]]:
+    """Cut reads into runs of one file, of up to ``RUN_BYTES`` or one read."""
+    first, num_bytes = 0, 0
+    for number, read in enumerate(reads):
+        length = read.stop - read.start
+        is_other = read.file != reads[first].file
+        if number > first and (is_other or num_bytes + length > RUN_BYTES):
+            yield reads[first:number]
+            first, num_bytes = number, 0
+        num_bytes += length
+    if reads:
+        yield reads[first:]
+
+
+def _voluntary_switches() -> int:
+    """How often this thread gave up its core to wait."""
+    return resource.getrusage(resource.RUSAGE_THREAD).ru_nvcsw
 
 
 def _as_array(
@@ -201,18 +273,16 @@ def read_targets(
 ) -> ReadOutcome:
     """Fill the targets. Faults are returned, not raised, so that all ranks can agree on them."""
     reads = plan_targets(opened, targets, store.read_bytes)
-    reader = _Reader(store, opened, targets)
+    reader = _Reader(store, opened, targets, reads)
     reader.outcome.needed_bytes = sum(len(target.memory) for target in targets)
-    if len(reads) <= 1:
-        for read in reads:
-            reader.run(read)
-        return reader.outcome
-    with ThreadPoolExecutor(min(NUM_READERS, len(reads)), "dcp-resume-read") as pool:
-        try:
-            for future in [pool.submit(reader.run, read) for read in reads]:
-                future.result()
-        except BaseException:
-            # The store failed: each further read would only try again until its own deadline.
-            pool.shutdown(cancel_futures=True)
-            raise
+    helpers: list[Future[None]] = []
+    with (
+        ThreadPoolExecutor(NUM_READERS - 1, "dcp-resume-read") as pool,
+        closing(reader.read_runs()) as runs,
+    ):
+        for has_waited in runs:
+            if has_waited and not helpers:
+                helpers += [pool.submit(reader.read_all) for _ in range(NUM_READERS - 1)]
+    for helper in helpers:
+        helper.result()
     return reader.outcome

@@ -16,7 +16,16 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
-__all__ = ["ByteRange", "Finite", "ObjectInfo", "ObjectStore", "RangeRead", "check_size"]
+__all__ = [
+    "ByteRange",
+    "Finite",
+    "ObjectInfo",
+    "ObjectStore",
+    "OneByOne",
+    "RangeRead",
+    "check_size",
+    "read_each",
+]
 
 
 @dataclass(frozen=True, slots=True, order=True)
@@ -191,3 +200,34 @@ class Finite(Protocol):
         Raises:
             StorageError: The store failed.
         """
+
+
+@runtime_checkable
+class OneByOne(Protocol):
+    """A store that opens an object once for many reads."""
+
+    def read_each(self, key: str, reads: Iterable[RangeRead]) -> None:
+        """Read ranges one by one, each filled before the next one is asked for.
+
+        So one memory may serve them all. An exception that the iterable raises comes out.
+
+        Raises:
+            KeyNotFound: Nothing lies under the key.
+            ShortRead: A range reaches past the end of the object.
+            StorageError: The store failed.
+        """
+
+
+def read_each(store: ObjectStore, key: str, reads: Iterable[RangeRead]) -> None:
+    """Do what ``OneByOne.read_each`` says, with any store.
+
+    Raises:
+        KeyNotFound: Nothing lies under the key.
+        ShortRead: A range reaches past the end of the object.
+        StorageError: The store failed.
+    """
+    if isinstance(store, OneByOne):
+        store.read_each(key, reads)
+        return
+    for read in reads:
+        store.read_into(key, [read])

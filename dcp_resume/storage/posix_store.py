@@ -118,6 +118,10 @@ class PosixStore:
 
     def read_into(self, key: str, reads: Sequence[RangeRead]) -> None:
         """See ``ObjectStore.read_into``; one ``preadv`` at a time, which fills a disk's queue."""
+        self.read_each(key, reads)
+
+    def read_each(self, key: str, reads: Iterable[RangeRead]) -> None:
+        """See ``OneByOne.read_each``."""
         with self._errors("read", key), self._opened(key) as descriptor:
             for read in reads:
                 self._fill(key, descriptor, read.into, read.byte_range.start)
