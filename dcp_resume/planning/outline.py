@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch.distributed.tensor import DTensor
@@ -27,8 +28,7 @@ from dcp_resume.planning.ties import Ties
 __all__ = ["Leaf", "Outline", "OutlineMemory"]
 
 
-@dataclass(frozen=True, slots=True)
-class Leaf:
+class Leaf(NamedTuple):
     """One leaf of a state."""
 
     path: Path
@@ -50,7 +50,7 @@ class Leaf:
         local = self.local
         if type(local) not in (torch.Tensor, torch.nn.Parameter) or local.is_nested:
             return (object(),)
-        found = (self.path, local.shape, local.dtype, local.layout, local.device.type)
+        found = (self.path, local.shape, local.dtype, local.layout, local.device)
         if type(self.value) is not DTensor:
             return found
         mesh = self.value.device_mesh
