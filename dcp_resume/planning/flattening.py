@@ -19,6 +19,9 @@ __all__ = ["Path", "flatten", "fqn_of", "part_of", "path_of"]
 
 Path = tuple[PathKey, ...]
 
+_SIMPLE = frozenset({type(None), bool, int, float, str})
+"""Types of values that hold no others."""
+
 
 def fqn_of(path: Path) -> str:
     """Dotted name of a key path."""
@@ -55,8 +58,8 @@ def _walk(state: Mapping[Any, Any], path: Path, leaves: list[tuple[Path, object]
 
 
 def _visit(path: Path, value: object, leaves: list[tuple[Path, object]]) -> None:
-    # Tensors first: they are most of the leaves, and to ask whether they are mappings is slow.
-    if isinstance(value, torch.Tensor):
+    # These first: they are most of the leaves, and to ask whether they are mappings is slow.
+    if isinstance(value, torch.Tensor) or type(value) in _SIMPLE:
         leaves.append((path, value))
     elif isinstance(value, Mapping) and value:
         _walk(value, path, leaves)
@@ -68,12 +71,12 @@ def _visit(path: Path, value: object, leaves: list[tuple[Path, object]]) -> None
 
 
 def _holds_tensor(value: object) -> bool:
-    if isinstance(value, torch.Tensor):
-        return True
+    if isinstance(value, torch.Tensor) or type(value) in _SIMPLE:
+        return type(value) not in _SIMPLE
     if isinstance(value, Mapping):
-        return any(_holds_tensor(item) for item in value.values())
+        return any(map(_holds_tensor, value.values()))
     if isinstance(value, (list, tuple)):
-        return any(_holds_tensor(item) for item in value)
+        return any(map(_holds_tensor, value))
     return False
 
 
