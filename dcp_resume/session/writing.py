@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -13,13 +13,14 @@ from dcp_resume.events import FileWritten, emit
 from dcp_resume.format.columns import pack_columns, unpack_columns
 from dcp_resume.format.digests import DIGEST_BYTES, DigestAlgorithm, block_bounds, digest_blocks
 from dcp_resume.format.position_digest import PositionDigest
+from dcp_resume.format.streamed_digests import StreamedDigests
 from dcp_resume.planning.plans import RankPlan
 from dcp_resume.session.chunk_sources import ChunkSource
 from dcp_resume.session.copies import AtOnce, Copies
 from dcp_resume.session.placed_files import PlacedChunk
 from dcp_resume.session.staging import BufferPool, StagedFile, borrow_chunks, stage_chunks
 from dcp_resume.session.tensor_digests import TensorDigests
-from dcp_resume.storage import ObjectStore
+from dcp_resume.storage import ObjectStore, Streaming
 
 __all__ = [
     "RankReport",
@@ -175,18 +176,44 @@ def write_rank(
         staged.names, staged.headers, staged.files, staged.chunks, strict=True
     ):
         bounds = block_bounds(len(header), np.asarray(file.lengths, np.int64), block_size)
-        buffers = [memoryview(header), *file.buffers]
-        digest = digest_blocks(bounds, buffers, algorithm)
         sums: list[PositionDigest] = []
         if tensor_digests is TensorDigests.RECORD:
             sums = [c.digest(data) for c, data in zip(chunks, file.chunks(), strict=True)]
         started = time.monotonic()
-        size = store.write(prefix + name, buffers)
+        buffers = [memoryview(header), *file.buffers]
+        size, digest = _write_file(store, prefix + name, buffers, bounds, algorithm)
         duration_s = time.monotonic() - started
         emit(FileWritten(key=prefix + name, num_bytes=size, duration_s=duration_s))
         reports.append(file_report(size, len(header), digest, sums))
         file.release()
     return RankReport.joined(reports)
+
+
+def _write_file(
+    store: ObjectStore,
+    key: str,
+    buffers: Sequence[memoryview],
+    bounds: npt.NDArray[np.int64],
+    algorithm: DigestAlgorithm,
+) -> tuple[int, bytes]:
+    """Write one file; its size, and the digests of its blocks."""
+    if not isinstance(store, Streaming):
+        digests = digest_blocks(bounds, buffers, algorithm)
+        return store.write(key, buffers), digests
+    passing = StreamedDigests(bounds, algorithm)
+    windows = _digested(buffers, store.write_bytes, passing)
+    return store.write(key, windows, size=int(bounds[-1])), passing.finish()
+
+
+def _digested(
+    buffers: Sequence[memoryview], length: int, digests: StreamedDigests
+) -> Iterator[memoryview]:
+    """Pass the bytes of a file by in windows, and digest each while it is in the cache."""
+    for buffer in buffers:
+        for begin in range(0, len(buffer), length):
+            window = buffer[begin : begin + length]
+            yield window
+            digests.update(window)
 
 
 def file_report(

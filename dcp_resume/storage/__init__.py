@@ -5,7 +5,14 @@ Everything above this package sees only the protocol ``ObjectStore`` and gets on
 """
 
 from dcp_resume.storage.clock import read_clock
-from dcp_resume.storage.object_store import ByteRange, Finite, ObjectInfo, ObjectStore, RangeRead
+from dcp_resume.storage.object_store import (
+    ByteRange,
+    Finite,
+    ObjectInfo,
+    ObjectStore,
+    RangeRead,
+    Streaming,
+)
 from dcp_resume.storage.opening import open_store
 from dcp_resume.storage.probe import check_exclusive_create, race_for_keys
 from dcp_resume.storage.retry import RetryPolicy
@@ -17,6 +24,7 @@ __all__ = [
     "ObjectStore",
     "RangeRead",
     "RetryPolicy",
+    "Streaming",
     "check_exclusive_create",
     "open_store",
     "race_for_keys",

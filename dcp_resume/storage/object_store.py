@@ -16,7 +16,15 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
-__all__ = ["ByteRange", "Finite", "ObjectInfo", "ObjectStore", "RangeRead", "check_size"]
+__all__ = [
+    "ByteRange",
+    "Finite",
+    "ObjectInfo",
+    "ObjectStore",
+    "RangeRead",
+    "Streaming",
+    "check_size",
+]
 
 
 @dataclass(frozen=True, slots=True, order=True)
@@ -179,6 +187,15 @@ class ObjectStore(Protocol):
 
     def close(self) -> None:
         """Release connections; further calls raise ``StorageError``."""
+
+
+@runtime_checkable
+class Streaming(Protocol):
+    """A store that passes each buffer of an iterable on before it asks for the next one."""
+
+    @property
+    def write_bytes(self) -> int:
+        """Bytes of a buffer that is passed on at a good rate, and is in the cache afterwards."""
 
 
 @runtime_checkable
