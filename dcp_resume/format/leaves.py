@@ -33,7 +33,14 @@ from dcp_resume.format.leaf_tags import (
 from dcp_resume.format.strict_json import load_strict
 from dcp_resume.manifest.values import Json, decode_value, encode_value
 
-__all__ = ["decode_leaf", "encode_leaf", "pack_leaves", "register_enum", "unpack_leaves"]
+__all__ = [
+    "LeafPacker",
+    "decode_leaf",
+    "encode_leaf",
+    "pack_leaves",
+    "register_enum",
+    "unpack_leaves",
+]
 
 _MALFORMED = (
     ArithmeticError,
@@ -161,20 +168,46 @@ def _decode_other(tag: str, body: Json, where: str) -> object:
         raise ValueError(f"{where}: malformed {tag} value ({error})") from error
 
 
-def pack_leaves(leaves: Mapping[str, tuple[tuple[Any, ...], Json]]) -> bytes:
+Packable = tuple[tuple[Any, ...], Json]
+"""A leaf's key path in the state dict, and its encoded value."""
+
+
+def pack_leaves(leaves: Mapping[str, Packable]) -> bytes:
     """The leaves of one rank as canonical JSON; equal leaves give equal bytes.
 
     Args:
-        leaves: FQN → its key path in the state dict and its encoded value.
+        leaves: By FQN.
 
     Returns:
         UTF-8, without spaces, sorted by FQN; mappings inside values keep their order.
     """
-    entries = [
-        {"fqn": fqn, "path": list(path), "value": value}
-        for fqn, (path, value) in sorted(leaves.items())
-    ]
-    return canonical({"leaves": entries}).encode()
+    return LeafPacker().pack(leaves)
+
+
+class LeafPacker:
+    """Packs leaves again and again, and spells out only those that are other objects than before.
+
+    A leaf that was handed in must not be changed afterwards.
+    """
+
+    def __init__(self) -> None:
+        self._spelt: dict[str, tuple[Packable, str]] = {}
+
+    def pack(self, leaves: Mapping[str, Packable]) -> bytes:
+        """As ``pack_leaves``."""
+        before, spelt = self._spelt, dict[str, tuple[Packable, str]]()
+        for fqn in sorted(leaves):
+            leaf, known = leaves[fqn], before.get(fqn)
+            if known is None or known[0] is not leaf:
+                known = (leaf, _spell(fqn, leaf))
+            spelt[fqn] = known
+        self._spelt = spelt
+        return f'{{"leaves":[{",".join(text for _, text in spelt.values())}]}}'.encode()
+
+
+def _spell(fqn: str, leaf: Packable) -> str:
+    path, value = leaf
+    return canonical({"fqn": fqn, "path": list(path), "value": value})
 
 
 def unpack_leaves(data: bytes, where: str) -> dict[str, tuple[tuple[Any, ...], Json]]:

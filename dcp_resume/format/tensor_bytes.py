@@ -17,7 +17,14 @@ def contiguous_cpu(tensor: torch.Tensor) -> torch.Tensor:
         A tensor that shares memory with ``tensor`` where that is already dense on the CPU and has
         no pending conjugation or negation (which are flags, not bytes).
     """
+    if tensor.is_cpu and tensor.is_contiguous() and not _is_flagged(tensor):
+        return tensor
     return tensor.detach().resolve_conj().resolve_neg().cpu().contiguous()
+
+
+def _is_flagged(tensor: torch.Tensor) -> bool:
+    """Whether there is more to it than its memory says."""
+    return tensor.requires_grad or tensor.is_conj() or tensor.is_neg()
 
 
 def as_bytes(tensor: torch.Tensor) -> memoryview:

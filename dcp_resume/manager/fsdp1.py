@@ -28,7 +28,7 @@ _FLAT = StateDictOptions(flatten_optimizer_state_dict=True, strict=False)
 
 def is_fsdp1(model: Module) -> bool:
     """Whether a model has parts under the older FSDP."""
-    return bool(FullyShardedDataParallel.fsdp_modules(model))
+    return any(isinstance(module, FullyShardedDataParallel) for module in model.modules())
 
 
 def _is_execution(name: str) -> bool:

@@ -1,8 +1,8 @@
 """Turn what a trainer holds (modules, optimizers, Statefuls, values) into a state dict, and back.
 
-Names are free of wrappers: DDP, FSDP2 and ``torch.compile`` prefixes are stripped by torch's own
-state dict helpers, and optimizer state is keyed by the parameter's FQN, never by index. Pipeline
-stages hand in their model parts as a list; parts must use global layer names.
+Names are free of wrappers: DDP, FSDP and ``torch.compile`` prefixes are stripped, and optimizer
+state is keyed by the parameter's FQN, never by index. Pipeline stages hand in their model parts as
+a list; parts must use global layer names.
 """
 
 from __future__ import annotations
@@ -32,6 +32,7 @@ from torch.optim import Optimizer
 from dcp_resume.errors import ConfigurationError
 from dcp_resume.manager.fsdp1 import Fsdp1Optimizers, is_fsdp1
 from dcp_resume.manager.optimizers import Optimizers, StoredPart, merge_disjoint
+from dcp_resume.manager.parameter_names import named_state
 from dcp_resume.manifest.report import ReportItem
 from dcp_resume.planning.declarations import Declarations
 
@@ -111,7 +112,8 @@ class _Models:
     def state_dict(self) -> Mapping[str, Any]:
         merged: dict[str, Any] = {}
         for part in self.parts:
-            merge_disjoint(merged, get_model_state_dict(part), self._key)
+            state = get_model_state_dict(part) if is_fsdp1(part) else named_state(part)
+            merge_disjoint(merged, state, self._key)
         return merged
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
@@ -221,13 +223,18 @@ def _by_name(state: dict[str, Any]) -> dict[str, Any]:
     return state
 
 
+_HOLDING_NONE = (torch.Tensor, str, int, float, type(None))
+"""Most of a state; to ask further what they are would be slow."""
+
+
 def _numbering(value: object, place: str) -> Iterator[str]:
     """Places of optimizers' state dicts, as one would index the state."""
     if isinstance(value, Mapping):
         if any(_is_numbered(group) for group in _as_list(value.get("param_groups"))):
             yield place
         for key, below in value.items():
-            yield from _numbering(below, f"{place}[{key!r}]")
+            if not isinstance(below, _HOLDING_NONE):
+                yield from _numbering(below, f"{place}[{key!r}]")
     elif isinstance(value, (list, tuple)) and value and isinstance(value[0], Mapping):
         for position, below in enumerate(value):
             yield from _numbering(below, f"{place}[{position}]")

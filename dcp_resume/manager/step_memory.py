@@ -21,6 +21,7 @@ from dcp_resume.session.device_copies import late_copies
 __all__ = ["StepGuard", "step_memory"]
 
 
+@torch.no_grad()
 def step_memory(state: Mapping[str, Any]) -> StepMemory:
     """The memory of the parameters and the state of the optimizers in ``state``.
 
@@ -83,8 +84,8 @@ def _changing(module: Module) -> Iterator[torch.Tensor]:
 
 
 def _local(tensor: torch.Tensor) -> torch.Tensor:
-    memory = tensor.detach()
-    return memory.to_local() if isinstance(memory, DTensor) else memory
+    """Its memory; call it under ``torch.no_grad()``, else autograd makes a view of each."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 class StepGuard:

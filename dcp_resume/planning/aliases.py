@@ -17,10 +17,13 @@ def find_aliases(tensors: Sequence[HeldTensor], ties: Ties) -> dict[str, str]:
     The first is one that is not declared to be tied to another, if there is one; else, and among
     several, the one that comes first in the state.
     """
+    shared = [held for held in tensors if held.pieces and held.entry.kind != "per_rank"]
+    addresses = [held.pieces[0].memory.data_ptr() for held in shared]
+    if len(set(addresses)) == len(addresses):
+        return {}
     by_address: dict[int, list[HeldTensor]] = {}
-    for held in tensors:
-        if held.entry.kind != "per_rank" and held.pieces:
-            by_address.setdefault(held.pieces[0].memory.data_ptr(), []).append(held)
+    for address, held in zip(addresses, shared, strict=True):
+        by_address.setdefault(address, []).append(held)
     groups: dict[Hashable, list[str]] = {}
     for held in (held for near in by_address.values() if len(near) > 1 for held in near):
         if any(piece.box.volume for piece in held.pieces):

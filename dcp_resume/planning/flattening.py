@@ -7,7 +7,7 @@ and ``[x]`` come back as they were.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -18,6 +18,9 @@ from dcp_resume.manifest.models import PathKey
 __all__ = ["Path", "flatten", "fqn_of", "part_of", "path_of"]
 
 Path = tuple[PathKey, ...]
+
+_SIMPLE = frozenset({type(None), bool, int, float, str})
+"""Types of values that hold no others."""
 
 
 def fqn_of(path: Path) -> str:
@@ -36,38 +39,44 @@ def part_of(path: Path) -> str:
     return fqn_of(path[:1]) if len(path) > 1 else "state"
 
 
-def flatten(state: Mapping[str, Any], path: Path = ()) -> Iterator[tuple[Path, object]]:
-    """Walk a state dict in its own order, and yield each leaf with its key path.
+def flatten(state: Mapping[str, Any]) -> list[tuple[Path, object]]:
+    """Each leaf of a state dict with its key path, in the state dict's own order.
 
     Mappings are always descended, lists and tuples where they hold a tensor.
 
     Raises:
         UnsupportedLeaf: A mapping key is neither a string nor an integer.
     """
-    items: Iterator[tuple[PathKey, object]] = (
-        (_path_key(key, path), value) for key, value in state.items()
-    )
-    yield from _flatten_items(items, path)
+    leaves: list[tuple[Path, object]] = []
+    _walk(state, (), leaves)
+    return leaves
 
 
-def _flatten_items(items: Iterator[tuple[PathKey, object]], path: Path) -> Iterator[Any]:
-    for key, value in items:
-        here = (*path, key)
-        if isinstance(value, Mapping) and value:
-            yield from flatten(value, here)
-        elif isinstance(value, (list, tuple)) and _holds_tensor(value):
-            yield from _flatten_items(iter(enumerate(value)), here)
-        else:
-            yield here, value
+def _walk(state: Mapping[Any, Any], path: Path, leaves: list[tuple[Path, object]]) -> None:
+    for key, value in state.items():
+        _visit((*path, key if type(key) is str else _path_key(key, path)), value, leaves)
+
+
+def _visit(path: Path, value: object, leaves: list[tuple[Path, object]]) -> None:
+    # These first: they are most of the leaves, and to ask whether they are mappings is slow.
+    if isinstance(value, torch.Tensor) or type(value) in _SIMPLE:
+        leaves.append((path, value))
+    elif isinstance(value, Mapping) and value:
+        _walk(value, path, leaves)
+    elif isinstance(value, (list, tuple)) and _holds_tensor(value):
+        for position, item in enumerate(value):
+            _visit((*path, position), item, leaves)
+    else:
+        leaves.append((path, value))
 
 
 def _holds_tensor(value: object) -> bool:
-    if isinstance(value, torch.Tensor):
-        return True
+    if isinstance(value, torch.Tensor) or type(value) in _SIMPLE:
+        return type(value) not in _SIMPLE
     if isinstance(value, Mapping):
-        return any(_holds_tensor(item) for item in value.values())
+        return any(map(_holds_tensor, value.values()))
     if isinstance(value, (list, tuple)):
-        return any(_holds_tensor(item) for item in value)
+        return any(map(_holds_tensor, value))
     return False
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -58,9 +58,17 @@ class HeldTensor:
         Raises:
             LookupError: No held box contains ``box``.
         """
-        for piece in self.pieces:
+        return self.pieces[self.piece_of(box)].view(box)
+
+    def piece_of(self, box: Box) -> int:
+        """Which piece ``box`` lies in.
+
+        Raises:
+            LookupError: No held box contains ``box``.
+        """
+        for number, piece in enumerate(self.pieces):
             if piece.box.contains(box):
-                return piece.view(box)
+                return number
         raise LookupError(f"{self.entry.fqn}: this rank does not hold {box}")
 
 
@@ -79,7 +87,8 @@ class PlacedTensor:
 
     def hold(self, local: torch.Tensor) -> HeldTensor:
         """The same with the rank's memory of it."""
-        return HeldTensor(self.entry, tuple(self.cut(local.detach())))
+        memory = local.detach() if local.requires_grad else local
+        return HeldTensor(self.entry, tuple(self.cut(memory)))
 
 
 def plain_entry(path: Path, dtype: torch.dtype, shape: Sequence[int]) -> TensorEntry:
@@ -110,14 +119,13 @@ def narrowed(memory: torch.Tensor, box: Box) -> torch.Tensor:
     return memory
 
 
-def _cut_boxes(boxes: Sequence[HeldBox], memory: torch.Tensor) -> Iterator[HeldPiece]:
-    for held in boxes:
-        yield HeldPiece(held.box, _memory(memory, held))
+def _cut_boxes(boxes: Sequence[HeldBox], memory: torch.Tensor) -> list[HeldPiece]:
+    return [HeldPiece(held.box, _memory(memory, held)) for held in boxes]
 
 
 def _memory(local: torch.Tensor, held: HeldBox) -> torch.Tensor:
+    if held.box.sizes == local.shape:
+        return local
     if not held.box.volume:  # of an empty tensor each rank holds the whole, whatever it has locally
         return local.new_empty(held.box.sizes)
-    if held.box.sizes == tuple(local.shape):
-        return local
     return narrowed(local, Box(held.local_offsets, held.box.sizes))

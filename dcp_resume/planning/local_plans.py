@@ -10,8 +10,8 @@ import torch
 
 from dcp_resume.errors import ConfigurationError
 from dcp_resume.format.digests import digest_bytes
-from dcp_resume.format.leaves import pack_leaves
-from dcp_resume.format.tensor_bytes import as_bytes, contiguous_cpu
+from dcp_resume.format.leaves import LeafPacker
+from dcp_resume.format.tensor_bytes import as_bytes
 from dcp_resume.manifest.boxes import Box
 from dcp_resume.manifest.models import MeshEntry
 from dcp_resume.planning.box_rows import Boxes
@@ -40,6 +40,7 @@ class OfferMemory:
     def __init__(self) -> None:
         self._key: tuple[object, ...] = ()
         self._offered: _Offered | None = None
+        self.packer = LeafPacker()
 
     def recall(self, key: tuple[object, ...]) -> _Offered | None:
         """What was kept under this key, if it was the last."""
@@ -78,8 +79,9 @@ def local_plan(
     """
     memory = memory or OfferMemory()
     key = (
-        tuple(held.entry for held in state.tensors),
-        tuple(tuple(piece.box for piece in held.pieces) for held in state.tensors),
+        [held.entry for held in state.tensors],
+        [piece.box for held in state.tensors for piece in held.pieces],
+        [len(held.pieces) for held in state.tensors],
         state.meshes,
         tuple((part, len(data)) for part, data in state.per_rank_leaves.items()),
         rank,
@@ -90,15 +92,17 @@ def local_plan(
     if offered is None:
         offered = _offer(state, rank, world_size, declarations)
         memory.keep(key, offered)
-    values = {
-        fqn: (path, value if declarations.source_rank(fqn) in (None, rank) else WITHHELD)
-        for fqn, (path, value) in state.values.items()
-    }
+    values = state.values
+    if declarations.from_rank:
+        values = {
+            fqn: leaf if declarations.source_rank(fqn) in (None, rank) else (leaf[0], WITHHELD)
+            for fqn, leaf in values.items()
+        }
     digests = b"".join(
         evidence(state.tensors[position].pieces[piece].memory)
         for position, piece, evidence in offered.compared
     )
-    return LocalPlan(offered.shape, PlanContents(digests, pack_leaves(values)))
+    return LocalPlan(offered.shape, PlanContents(digests, memory.packer.pack(values)))
 
 
 Evidence = Callable[[torch.Tensor], bytes]
@@ -174,7 +178,7 @@ def _evidence(
 
 
 def _digest(memory: torch.Tensor) -> bytes:
-    return digest_bytes([as_bytes(contiguous_cpu(memory))])
+    return digest_bytes([as_bytes(memory)])
 
 
 def _corner_digest(memory: torch.Tensor) -> bytes:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch.distributed.tensor import DTensor
@@ -23,12 +24,15 @@ from dcp_resume.planning.held import HeldTensor, PlacedTensor, place_whole, plai
 from dcp_resume.planning.local_shards import place_flat, place_split
 from dcp_resume.planning.parameters import ParameterNames
 from dcp_resume.planning.ties import Ties
+from dcp_resume.planning.value_memory import NamedValue, ValueMemory
 
 __all__ = ["Leaf", "Outline", "OutlineMemory"]
 
 
-@dataclass(frozen=True, slots=True)
-class Leaf:
+_PLAIN = (torch.Tensor, torch.nn.Parameter)
+
+
+class Leaf(NamedTuple):
     """One leaf of a state."""
 
     path: Path
@@ -45,17 +49,25 @@ class Leaf:
 
     def traits(self) -> tuple[object, ...]:
         """All that planning asks of it; of a tensor that cannot be stored, equal to no other's."""
-        if self.local is None:
-            return (self.path,)
-        local = self.local
-        if type(local) not in (torch.Tensor, torch.nn.Parameter) or local.is_nested:
+        path, value, local = self
+        if local is None:
+            return (path,)
+        if type(local) not in _PLAIN or local.is_nested:
             return (object(),)
-        found = (self.path, local.shape, local.dtype, local.layout, local.device.type)
-        if type(self.value) is not DTensor:
-            return found
-        mesh = self.value.device_mesh
-        place = mesh.get_coordinate()  # a mesh does not say of itself where this rank is on it
-        return (*found, self.value.shape, self.value.placements, mesh, place)
+        if type(value) is not DTensor:
+            return (path, local.shape, local.dtype, local.layout, local.device)
+        mesh = value.device_mesh
+        return (
+            path,
+            local.shape,
+            local.dtype,
+            local.layout,
+            local.device,
+            value.shape,
+            value.placements,
+            mesh,
+            mesh.get_coordinate(),  # a mesh does not say of itself where this rank is on it
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,9 +80,9 @@ class Outline:
     """All that was declared, as text."""
     placed: tuple[tuple[int, PlacedTensor], ...]
     """Each tensor, with the position of the leaf that it lies in; in a flat buffer lie several."""
-    values: tuple[tuple[int, str], ...]
-    """Position and FQN of each value that all ranks share."""
-    per_rank_values: tuple[tuple[int, str], ...]
+    values: tuple[NamedValue, ...]
+    """Each that all ranks share."""
+    per_rank_values: tuple[NamedValue, ...]
     """Likewise of a rank's own values."""
     meshes: tuple[MeshEntry, ...]
     fqns: tuple[str, ...]
@@ -96,13 +108,13 @@ class Outline:
         """
         placer = _Placer(leaves, declarations)
         placed: list[tuple[int, PlacedTensor]] = []
-        values: tuple[list[tuple[int, str]], list[tuple[int, str]]] = ([], [])
+        values: tuple[list[NamedValue], list[NamedValue]] = ([], [])
         for position, leaf in enumerate(leaves):
             if leaf.local is not None:
                 placed.extend((position, tensor) for tensor in placer.place(leaf))
             else:
                 fqn = fqn_of(leaf.path)
-                values[declarations.is_per_rank(fqn)].append((position, fqn))
+                values[declarations.is_per_rank(fqn)].append(NamedValue(position, leaf.path, fqn))
         fqns = tuple(tensor.entry.fqn for _, tensor in placed)
         _refuse_duplicates(fqns)
         return cls(
@@ -141,6 +153,10 @@ class OutlineMemory:
     def __init__(self) -> None:
         self._outline: Outline | None = None
         self._named: _Named | None = None
+        self.shared = ValueMemory(())
+        """Of the last outline's values that all ranks share."""
+        self.per_rank = ValueMemory(())
+        """Likewise of a rank's own values."""
 
     def recall(self, traits: tuple[object, ...], declarations: Declarations) -> Outline | None:
         """The last outline, if leaves of these traits have the same under these declarations."""
@@ -152,6 +168,8 @@ class OutlineMemory:
     def keep(self, outline: Outline) -> None:
         """Remember an outline instead of the last."""
         self._outline, self._named = outline, None
+        self.shared = ValueMemory(outline.values)
+        self.per_rank = ValueMemory(outline.per_rank_values)
 
     def name(
         self, tensors: Sequence[HeldTensor], declarations: Declarations

@@ -21,7 +21,7 @@ from dcp_resume.planning.held import HeldTensor
 from dcp_resume.planning.mesh_place import MeshPlace
 from dcp_resume.planning.outline import Leaf, Outline, OutlineMemory
 from dcp_resume.planning.ties import Ties
-from dcp_resume.problems import summarise
+from dcp_resume.planning.value_memory import EncodedValues, refuse_leaves
 
 __all__ = ["PER_RANK_LEAVES", "SHARED_LEAVES", "LocalState", "describe_state", "roomy_size"]
 
@@ -47,9 +47,9 @@ class LocalState:
 
     tensors: tuple[HeldTensor, ...]
     meshes: tuple[MeshEntry, ...]
-    values: Mapping[str, tuple[Path, Any]]
-    """FQN → key path and encoded value, of the leaves all ranks share."""
-    per_rank_values: Mapping[str, tuple[Path, Any]]
+    values: EncodedValues
+    """Of the leaves all ranks share."""
+    per_rank_values: EncodedValues
     ties: Ties = field(default_factory=Ties)
     """Names of one tensor: declared, or the same memory."""
     place: MeshPlace = field(default_factory=MeshPlace)
@@ -111,33 +111,18 @@ def describe_state(
     outline = memory.recall(traits, declarations)
     if outline is None:
         _refuse_duplicates(leaves)
-        _refuse([fault for leaf in leaves for fault in _faults(leaf)])
+        refuse_leaves([fault for leaf in leaves for fault in _faults(leaf)])
         outline = Outline.of(leaves, traits, declarations)
         memory.keep(outline)
     tensors, ties = memory.name(outline.hold(leaves), declarations)
     return LocalState(
         tensors,
         outline.meshes,
-        _encoded(leaves, outline.values),
-        _encoded(leaves, outline.per_rank_values),
+        memory.shared.encode([leaves[named.position].value for named in outline.values]),
+        memory.per_rank.encode([leaves[named.position].value for named in outline.per_rank_values]),
         ties,
         declarations.mesh,
     )
-
-
-def _encoded(
-    leaves: Sequence[Leaf], chosen: Sequence[tuple[int, str]]
-) -> dict[str, tuple[Path, Any]]:
-    found: dict[str, tuple[Path, Any]] = {}
-    problems: list[Problem] = []
-    for position, fqn in chosen:
-        leaf = leaves[position]
-        try:
-            found[fqn] = (leaf.path, encode_leaf(leaf.value, fqn))
-        except UnsupportedLeaf as error:
-            problems.extend(error.problems)
-    _refuse(problems)
-    return found
 
 
 def _refuse_duplicates(leaves: Sequence[Leaf]) -> None:
@@ -148,13 +133,6 @@ def _refuse_duplicates(leaves: Sequence[Leaf]) -> None:
             problem = Problem(fqn, "duplicate", f"key paths {seen[fqn]} and {path} share it")
             raise DuplicateFqn(f"cannot name {problem}; rename one key", problems=(problem,))
         seen[fqn] = path
-
-
-def _refuse(problems: Sequence[Problem]) -> None:
-    if problems:
-        raise UnsupportedLeaf(
-            f"cannot save {len(problems)} leaves:\n{summarise(problems)}", problems=tuple(problems)
-        )
 
 
 def _faults(leaf: Leaf) -> Sequence[Problem]:

