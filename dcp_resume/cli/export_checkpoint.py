@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from dcp_resume.cli.arguments import PATIENT, add_step, add_verb, opener
 from dcp_resume.cli.import_checkpoint import FORMATS
 from dcp_resume.cli.keys import read_signing
-from dcp_resume.cli.printing import print_json, size_text
+from dcp_resume.cli.printing import print_json, print_prose, size_text
 from dcp_resume.cli.progress import ProgressLine
 
 if TYPE_CHECKING:
@@ -106,5 +106,5 @@ def _run(arguments: argparse.Namespace) -> int:
         f"value(s), {size_text(result.num_bytes)}, {result.duration_s:.1f} s"
     )
     for problem in result.dropped:
-        print(f"left out: {problem}")
+        print_prose(f"left out: {problem}")
     return 0

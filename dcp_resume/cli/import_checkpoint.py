@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from dcp_resume.cli.arguments import PATIENT, add_verb, opener
 from dcp_resume.cli.keys import read_signing
-from dcp_resume.cli.printing import print_json, size_text
+from dcp_resume.cli.printing import print_json, print_prose, size_text
 from dcp_resume.cli.progress import ProgressLine
 
 if TYPE_CHECKING:
@@ -101,5 +101,5 @@ def _run(arguments: argparse.Namespace) -> int:
         f"{size_text(result.num_bytes)}, {result.duration_s:.1f} s"
     )
     for problem in result.left:
-        print(f"left out: {problem}")
+        print_prose(f"left out: {problem}")
     return 0
