@@ -7,7 +7,13 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from typing import TYPE_CHECKING
 
-from dcp_resume.cli.arguments import add_other_step, add_step, add_verb, open_pair
+from dcp_resume.cli.arguments import (
+    add_other_step,
+    add_step,
+    add_target_option,
+    add_verb,
+    open_pair,
+)
 from dcp_resume.cli.exit_codes import ExitCode
 from dcp_resume.cli.keys import read_signing
 from dcp_resume.cli.printing import print_json, print_prose, print_table, size_text
@@ -50,6 +56,7 @@ def add_parser(verbs: Verbs) -> None:
     verb.add_argument("b", metavar="B", help="the other; may be the same run")
     add_step(verb, "latest", "best")
     add_other_step(verb, "latest", "best")
+    add_target_option(verb, "B")
     add_ignore(verb)
     verb.add_argument(
         "--window-mib", type=int, default=64, metavar="MIB", help="memory of a side (default: 64)"

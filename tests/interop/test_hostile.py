@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import pickle
+import re
 
 import pytest
 import torch
@@ -173,3 +174,42 @@ def test_on_an_object_store_an_export_appears_with_its_last_file(tmp_path):
     take_in(url, tmp_path / "back")
     with pytest.raises(ConfigurationError, match="replaces nothing"):
         give_out(tmp_path / "run", url, Format.DCP, parts=("model",))
+
+
+@pytest.mark.parametrize(
+    ("weight_map", "said"),
+    [
+        ({"a": "one.bin"}, "b: it lies in one.bin, the index leaves it out"),
+        ({"a": "one.bin", "b": "one.bin", "c": "one.bin"}, "c: the index says 'one.bin'"),
+        ({"a": "one.bin", "b": "two.bin"}, "two.bin: the index names it"),
+        ({"a": "one.bin", "b": "../one.bin"}, "more than files of this directory"),
+        ({"a": "one.bin", "b": ["one.bin"]}, "malformed"),
+        (["a"], "malformed"),
+    ],
+)
+def test_an_index_of_shards_that_lies_is_refused(tmp_path, weight_map, said):
+    place = tmp_path / "hf"
+    place.mkdir()
+    torch.save({"a": torch.ones(2), "b": torch.ones(3)}, place / "one.bin")
+    (place / "pytorch_model.bin.index.json").write_text(json.dumps({"weight_map": weight_map}))
+    with pytest.raises(ForeignDamage, match=re.escape(said)):
+        take_in(place, tmp_path / "run")
+
+
+def test_shards_are_refused_where_they_overlap_are_old_or_would_run(tmp_path):
+    place = tmp_path / "hf"
+    place.mkdir()
+    (place / "pytorch_model.bin.index.json").write_text(
+        '{"weight_map": {"a": "1.bin", "b": "2.bin"}}'
+    )
+    torch.save({"a": torch.ones(2)}, place / "1.bin")
+    torch.save({"a": torch.ones(2), "b": torch.ones(3)}, place / "2.bin")
+    with pytest.raises(ForeignDamage, match=r"a: it lies in 1\.bin and in 2\.bin"):
+        take_in(place, tmp_path / "run")
+    torch.save({"b": torch.ones(3)}, place / "2.bin", _use_new_zipfile_serialization=False)
+    with pytest.raises(ForeignFormat, match=r"before 1\.6"):
+        take_in(place, tmp_path / "run")
+    torch.save({"b": torch.ones(3), "x": Bomb(tmp_path / "ran")}, place / "2.bin")
+    with pytest.raises(Unheld, match="mkdir"):
+        take_in(place, tmp_path / "run")
+    assert not (tmp_path / "ran").exists()

@@ -65,6 +65,32 @@ def test_us_to_torch_load(run, tmp_path, is_mapped):
     assert found["tied"].data_ptr() == found["h.0.weight"].data_ptr()
 
 
+def save_shards(place, state, shards):
+    """Files of torch.save, and their index, as transformers writes them."""
+    place.mkdir()
+    weight_map = {}
+    for number, names in enumerate(shards, 1):
+        file = f"pytorch_model-{number:05d}-of-{len(shards):05d}.bin"
+        torch.save({name: state[name] for name in names}, place / file)
+        weight_map |= dict.fromkeys(names, file)
+    index = {"metadata": {"total_size": 1}, "weight_map": weight_map}
+    (place / "pytorch_model.bin.index.json").write_text(json.dumps(index))
+    torch.save({"args": print}, place / "training_args.bin")
+
+
+def test_hugging_face_bin_files_to_us(tmp_path):
+    state = tensors()
+    names = list(state)
+    save_shards(tmp_path / "hf", state, [names[:4], names[4:]])
+    result = take_in(tmp_path / "hf", tmp_path / "run")
+    assert (result.format, result.ties) == (Format.TORCH, ("tied",))
+    assert_equal(load_run(tmp_path / "run", {"model": state})["model"], state)
+    (tmp_path / "one").mkdir()
+    torch.save(state, tmp_path / "one" / "pytorch_model.bin")
+    assert take_in(tmp_path / "one", tmp_path / "again").ties == ("model.tied",)
+    assert_equal(load_run(tmp_path / "again", {"model": state})["model"], state)
+
+
 # safetensors
 
 
