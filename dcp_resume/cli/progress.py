@@ -39,6 +39,7 @@ class RetryNotes:
         self._next = self._clock() + self._EVERY_S
         what = f"{event.key!r}: " if event.key else ""
         note = f"dcp-resume: storage is tried again, {what}{event.reason}"
+        StatusLine().close()  # else the note goes on where the status ends
         print_prose(note, sys.stderr)
 
 

@@ -14,7 +14,7 @@ import torch.distributed.checkpoint as dcp
 from dcp_resume import open_store
 from dcp_resume.errors import ConfigurationError, CorruptData, ForeignDamage, ForeignFormat, Unheld
 from dcp_resume.interop import Format, Leftovers, torch_objects
-from dcp_resume.interop.inert_pickle import load_inert
+from dcp_resume.interop.inert_pickle import Called, Named, Persistent, load_inert
 from tests.interop.peers import give_out, load_run, save_run, take_in, tensors
 
 
@@ -110,6 +110,25 @@ def test_a_safetensors_header_that_lies_is_refused_with_every_problem(tmp_path):
 def test_malformed_pickles_are_value_errors(data):
     with pytest.raises(ValueError, match=r"."):
         load_inert(data)
+
+
+FLOATS = Persistent(("storage", Named("torch", "FloatStorage"), "0", "cpu", 1))
+
+
+@pytest.mark.parametrize(
+    ("name", "args"),
+    [
+        ("torch._utils._rebuild_tensor_v2", (FLOATS,)),
+        ("torch._utils._rebuild_tensor_v2", (FLOATS, 0, (1,))),
+        ("torch._utils._rebuild_tensor_v2", (0, 0, (1,), (1,))),
+        ("torch.Size", ({},)),
+        ("builtins.set", ([[]],)),
+        ("builtins.complex", (1.0, 2.0, 3.0)),
+    ],
+)
+def test_objects_of_torch_with_wrong_arguments_are_value_errors(name, args):
+    with pytest.raises(ValueError, match=r"."):
+        torch_objects.plain(Called(Named(*name.rsplit(".", 1)), args))
 
 
 def test_a_small_pickle_of_a_billion_nodes_is_refused(monkeypatch):
