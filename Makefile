@@ -89,7 +89,7 @@ docs-lint:  ## every link, table and Python block of the documents
 
 docker-lint:  ## the Dockerfile, the compose file, the Kubernetes and Slurm jobs
 	$(BIN)hadolint docker/Dockerfile
-	$(BIN)check-jsonschema --builtin-schema vendor.compose-spec docker/compose.yaml
+	$(BIN)check-jsonschema --builtin-schema vendor.compose-spec docker/compose.yaml docker/compose.nodes.yaml
 	$(BIN)kubernetes-validate --strict --quiet docker/kubernetes/job.yaml
 	$(BIN)shellcheck docker/slurm/train.sbatch
 
