@@ -70,20 +70,26 @@ def damage(path: Path) -> None:
 
 def on_terminal(command: list[str]) -> str:
     """What a command writes to a terminal; one that follows is interrupted at its status line."""
-    process, terminal = pty.fork()
-    if not process:
-        fcntl.ioctl(0, termios.TIOCSWINSZ, struct.pack("4H", 40, COLUMNS, 0, 0))
-        kept = {name: value for name, value in os.environ.items() if name != "COLUMNS"}
-        os.execve(command[0], command, {**kept, "TERM": "xterm-256color"})
-    shown = b""
-    for piece in pieces(terminal):
-        shown += piece
-        if b" old" in shown:
-            os.kill(process, signal.SIGINT)
-            break
-    for _ in pieces(terminal):
-        pass  # it may write no more than a terminal holds before someone reads
-    os.waitpid(process, 0)
+    ours, theirs = pty.openpty()
+    fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("4H", 40, COLUMNS, 0, 0))
+    kept = {name: value for name, value in os.environ.items() if name != "COLUMNS"}
+    with subprocess.Popen(
+        command,
+        stdin=theirs,
+        stdout=theirs,
+        stderr=theirs,
+        env={**kept, "TERM": "xterm-256color"},
+    ) as process:
+        os.close(theirs)
+        shown = b""
+        for piece in pieces(ours):
+            shown += piece
+            if b" old" in shown:
+                process.send_signal(signal.SIGINT)
+                break
+        for _ in pieces(ours):
+            pass  # what it says on being interrupted is not drawn
+    os.close(ours)
     return shown.decode()
 
 

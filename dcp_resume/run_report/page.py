@@ -204,7 +204,9 @@ def _bins(values: Sequence[float], width: int) -> list[float]:
 
 
 def _meshes(view: CheckpointView) -> str:
-    return "".join(f", {escape(mesh)}" for mesh in view.meshes)
+    """Each mesh once: ranks of several rows of one mesh have the same sub-mesh."""
+    meshes = "; ".join(dict.fromkeys(view.meshes))
+    return f" ({escape(meshes)})" if meshes else ""
 
 
 def _on_line(report: RunReport) -> list[CommitEntry]:
@@ -279,13 +281,13 @@ def _retention(report: RunReport) -> str:
             record.created,
             _bytes(record.num_bytes),
             "" if loss is None else f"{loss:.4g}",
-            "keep" if one.is_kept else "delete",
         )
-        rows.append(_row(cells, one.reason, "" if one.is_kept else ' class="goes"'))
-    heads = ("step", "gen", "time", "size", "loss", "action")
+        text = f"{'keep' if one.is_kept else 'delete'}: {one.reason}" if one.reason else "delete"
+        rows.append(_row(cells, text, "" if one.is_kept else ' class="goes"'))
+    heads = ("step", "gen", "time", "size", "loss")
     return (
         f"<p>{escape(report.policy)}: {len(goes)} of {len(report.decisions)} checkpoint(s), "
-        f"{_bytes(sum(goes))}, would be deleted.</p>{_table(heads, 'because', rows)}"
+        f"{_bytes(sum(goes))}, would be deleted.</p>{_table(heads, 'action, because', rows)}"
     )
 
 

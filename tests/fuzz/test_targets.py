@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from dcp_resume.errors import DcpResumeError
 from tests.support.damage import little_memory
 
+from .foreign import FOREIGN
 from .mutations import mutated_bytes, mutated_json, settings_of
 from .targets import TARGETS
 
@@ -31,7 +32,7 @@ def test_what_is_well_formed_is_taken(name):
 
 @pytest.mark.parametrize("name", TARGETS)
 def test_changed_bytes(name):
-    @SETTINGS
+    @(settings_of(60) if name in FOREIGN else SETTINGS)
     @given(st.sampled_from(TARGETS[name].seeds()).flatmap(mutated_bytes))
     def check(data):
         feed(name, data)

@@ -106,6 +106,13 @@ def test_a_record_that_does_not_count_is_on_the_page_with_the_reason(tmp_path):
     assert "record 3: drop of a1, committed before it" in html_page(refused)
 
 
+def test_a_mesh_that_several_ranks_have_is_named_once(run):
+    report = report_of(run)
+    view = dataclasses.replace(report.checkpoint, meshes=("tp=2", "dp=2", "tp=2"))
+    page = html_page(dataclasses.replace(report, checkpoint=view))
+    assert "World size 1 (tp=2; dp=2). Darker" in page
+
+
 def test_long_names_lose_their_middle_and_keep_their_ends():
     names = [
         f"optim.state.transformer.h.0.mlp.c_fc.weight.{end}" for end in ("exp_avg", "exp_avg_sq")

@@ -7,6 +7,7 @@ import os
 import pty
 import re
 import struct
+import subprocess
 import sys
 import termios
 
@@ -22,21 +23,25 @@ WIDTH = 64
 
 def on_terminal(*words):
     """Exit code, and all that is written to a terminal of ``WIDTH`` columns."""
-    process, terminal = pty.fork()
-    if not process:
-        fcntl.ioctl(0, termios.TIOCSWINSZ, struct.pack("4H", 40, WIDTH, 0, 0))
-        kept = {name: value for name, value in os.environ.items() if name != "COLUMNS"}
-        command = [sys.executable, "-m", "dcp_resume", *map(str, words)]
-        os.execve(command[0], command, {**kept, "TERM": "xterm-256color"})
+    ours, theirs = pty.openpty()
+    fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("4H", 40, WIDTH, 0, 0))
+    kept = {name: value for name, value in os.environ.items() if name != "COLUMNS"}
+    process = subprocess.Popen(
+        [sys.executable, "-m", "dcp_resume", *map(str, words)],
+        stdin=theirs,
+        stdout=theirs,
+        stderr=theirs,
+        env={**kept, "TERM": "xterm-256color"},
+    )
+    os.close(theirs)
     shown = bytearray()
     while True:
         try:
-            shown += os.read(terminal, 1 << 16)
+            shown += os.read(ours, 1 << 16)
         except OSError:  # how a terminal says that the other side is closed
             break
-    os.close(terminal)
-    _, status = os.waitpid(process, 0)
-    return os.waitstatus_to_exitcode(status), shown.decode()
+    os.close(ours)
+    return process.wait(), shown.decode()
 
 
 def lines_of(shown):
