@@ -60,7 +60,6 @@ def test_views_fit_the_terminal_and_cut_no_word(run, call):
     for words in (
         ("verify", run, "--step", "all"),
         ("prune", run, "--keep-last", 1, "--keep-best", "loss:min:2"),
-        ("plan", run, "--to", "tp=2,dp_shard=2"),
         ("diff", run, run, "--step", 10, "--other-step", 30),
         ("doctor", run, "--size", "40GiB"),
         ("gc", run),
