@@ -9,7 +9,7 @@ export OMP_NUM_THREADS ?= 1
 
 .DEFAULT_GOAL := help
 .PHONY: help setup demo demo-s3 test test-ranks test-s3 test-ceph test-all lint check ci
-.PHONY: campaign-preemption fuzz docs-lint docker-lint site package-check
+.PHONY: campaign-preemption fuzz docs-lint docker-lint site views package-check
 .PHONY: campaign campaign-bit-flips campaign-hosts campaign-incarnations campaign-incremental
 .PHONY: campaign-power-cut
 
@@ -89,9 +89,12 @@ docs-lint:  ## every link, table and Python block of the documents
 
 docker-lint:  ## the Dockerfile, the compose file, the Kubernetes and Slurm jobs
 	$(BIN)hadolint docker/Dockerfile
-	$(BIN)check-jsonschema --builtin-schema vendor.compose-spec docker/compose.yaml
+	$(BIN)check-jsonschema --builtin-schema vendor.compose-spec docker/compose.yaml docker/compose.nodes.yaml
 	$(BIN)kubernetes-validate --strict --quiet docker/kubernetes/job.yaml
 	$(BIN)shellcheck docker/slurm/train.sbatch
+
+views:  ## draw the pictures of the documents anew; needs a Chromium on PATH
+	$(PY) docs/views.py
 
 site:  ## the documents as a web site, in site/
 	NO_MKDOCS_2_WARNING=1 $(PY) -m mkdocs build --quiet --strict

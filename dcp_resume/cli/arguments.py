@@ -33,7 +33,7 @@ __all__ = [
     "open_pair",
     "open_run",
     "open_url",
-    "opener",
+    "openers",
     "read_pairs",
 ]
 
@@ -189,32 +189,37 @@ def open_pair(
         ConfigurationError: A URL or an option cannot work, or there is no URL that an option could
             be for.
     """
-    others = getattr(arguments, "target_storage_option", None)
-    if others is None:
-        opened = opener(a, b, arguments, retry=retry)
-        return opened(a), opened(b)
-    first = open_url(a, arguments, retry=retry)
-    second = read_pairs(others)
-    return first, open_store(b, storage_options=second, retry=_retry(arguments, retry))
+    first, second = openers(a, b, arguments, retry=retry)
+    return first(a), second(b)
 
 
-def opener(
+def openers(
     a: str, b: str, arguments: argparse.Namespace, *, retry: RetryPolicy = BRIEF
-) -> Callable[[str], ObjectStore]:
-    """Opens two URLs, and others beside them; options count for all that are not local.
+) -> tuple[Callable[[str], ObjectStore], Callable[[str], ObjectStore]]:
+    """What opens each of two URLs, and others beside it.
 
-    What it returns raises ConfigurationError where a URL or an option cannot work, or where both
-    URLs are local, so that an option would be for nobody.
+    ``--storage-option`` counts for both, except for what is local; with
+    ``--target-storage-option`` each has its own.
+
+    What is returned raises ConfigurationError where a URL or an option cannot work, or where there
+    is no URL that an option could be for.
     """
     own = read_pairs(arguments.storage_option)
+    others = getattr(arguments, "target_storage_option", None)
     policy = _retry(arguments, retry)
-    are_local = _is_local(a) and _is_local(b)
 
-    def opened(url: str) -> ObjectStore:
-        options = None if _is_local(url) and not are_local else own
-        return open_store(url, storage_options=options, retry=policy)
+    def opener(options: dict[str, Any], *, is_shared: bool) -> Callable[[str], ObjectStore]:
+        def opened(url: str) -> ObjectStore:
+            is_for_another = is_shared and _is_local(url)
+            chosen = None if is_for_another else options
+            return open_store(url, storage_options=chosen, retry=policy)
 
-    return opened
+        return opened
+
+    if others is not None:
+        return opener(own, is_shared=False), opener(read_pairs(others), is_shared=False)
+    both = opener(own, is_shared=not (_is_local(a) and _is_local(b)))
+    return both, both
 
 
 def _is_local(url: str) -> bool:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from dcp_resume.cli.arguments import PATIENT, add_verb, add_yes, open_run
 from dcp_resume.cli.exit_codes import ExitCode
 from dcp_resume.cli.keep_options import read_duration
-from dcp_resume.cli.printing import print_json, print_table, size_text
+from dcp_resume.cli.printing import print_json, print_prose, print_table, size_text
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -82,12 +82,14 @@ def _run(arguments: argparse.Namespace) -> int:
         )
         return ExitCode.OK
     rows = [[kind, name, str(len(infos)), size_text(_sum(infos))] for kind, name, infos in kinds]
-    print_table(("litter", "where", "objects", "size"), rows, left=2)
-    print()
+    if rows:
+        print_table(("litter", "where", "objects", "size"), rows, words={"litter", "where"})
+        print()
     if arguments.yes:
         print(f"{litter.num_objects} object(s) removed, {size_text(swept.num_bytes)}")
     else:
-        print(f"{litter.num_objects} object(s) would be removed. Nothing was changed; add --yes.")
+        hint = " Nothing was changed; add --yes to do it." if rows else ""
+        print_prose(f"{litter.num_objects} object(s) would be removed.{hint}")
     return ExitCode.OK
 
 

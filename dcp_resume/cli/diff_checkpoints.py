@@ -7,10 +7,16 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from typing import TYPE_CHECKING
 
-from dcp_resume.cli.arguments import add_other_step, add_step, add_verb, open_pair
+from dcp_resume.cli.arguments import (
+    add_other_step,
+    add_step,
+    add_target_option,
+    add_verb,
+    open_pair,
+)
 from dcp_resume.cli.exit_codes import ExitCode
 from dcp_resume.cli.keys import read_signing
-from dcp_resume.cli.printing import print_json, print_table, size_text
+from dcp_resume.cli.printing import print_json, print_prose, print_table, size_text
 from dcp_resume.cli.progress import ProgressLine
 
 if TYPE_CHECKING:
@@ -50,6 +56,7 @@ def add_parser(verbs: Verbs) -> None:
     verb.add_argument("b", metavar="B", help="the other; may be the same run")
     add_step(verb, "latest", "best")
     add_other_step(verb, "latest", "best")
+    add_target_option(verb, "B")
     add_ignore(verb)
     verb.add_argument(
         "--window-mib", type=int, default=64, metavar="MIB", help="memory of a side (default: 64)"
@@ -104,30 +111,32 @@ def print_difference(difference: CheckpointDifference) -> None:
     )
     lines = list(difference.lines())
     if not lines:
-        print(f"equal: {what}")
+        print_prose(f"equal: {what}")
     else:
-        print(f"NOT EQUAL: {len(lines)} difference(s) in {what}; the first:\n  {lines[0]}\n")
+        print_prose(f"NOT EQUAL: {len(lines)} difference(s) in {what}; the first:")
+        print_prose(f"  {lines[0]}")
+        print()
         columns = ("part", "tensors", "values", "differ")
         rows = [
             [part.name, str(part.num_tensors), str(part.num_values), str(len(part.differences))]
             for part in difference.parts
         ]
-        print_table(columns, rows, left=1)
+        print_table(columns, rows, words={"part"})
         print()
         for part in difference.parts:
             _print_some(part.name, part.differences)
         _print_some("the manifest", list(map(str, difference.facts)))
     for problem in difference.uncompared:
-        print(f"not compared: {problem}")
+        print_prose(f"not compared: {problem}")
     if difference.passed_over:
-        print(f"may differ, not looked at: {', '.join(difference.passed_over)}")
+        print_prose(f"may differ, not looked at: {', '.join(difference.passed_over)}")
 
 
 def _print_some(name: str, lines: Sequence[str]) -> None:
     for line in lines[:_SHOWN]:
-        print(f"  - {line}")
+        print_prose(f"  - {line}")
     if len(lines) > _SHOWN:
-        print(f"    … and {len(lines) - _SHOWN} more in {name}; --json has all")
+        print_prose(f"    … and {len(lines) - _SHOWN} more in {name}; --json has all")
 
 
 def difference_document(difference: CheckpointDifference) -> dict[str, object]:

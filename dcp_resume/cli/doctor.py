@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from dcp_resume.cli.arguments import add_verb, open_url
 from dcp_resume.cli.exit_codes import ExitCode
 from dcp_resume.cli.keys import read_signing
-from dcp_resume.cli.printing import print_json, print_table
+from dcp_resume.cli.printing import print_json, print_prose, print_table
 from dcp_resume.storage import RetryPolicy
 
 if TYPE_CHECKING:
@@ -88,8 +88,9 @@ def _documents(report: PreflightReport) -> list[dict[str, str]]:
 
 def _print(report: PreflightReport) -> None:
     rows = [(c.name, c.verdict.value, c.found) for c in report.checks]
-    print_table(("check", "verdict", "found"), rows, left=3)
-    print(f"{report.url} {'is ready' if report.is_ready else 'is NOT ready'}")
+    columns = ("check", "verdict", "found")
+    print_table(columns, rows, words=columns)
+    print_prose(f"{report.url} {'is ready' if report.is_ready else 'is NOT ready'}")
     for check in report.checks:
         if check.remedy:
-            print(f"  - {check.name}: {check.remedy}")
+            print_prose(f"  - {check.name}: {check.remedy}")

@@ -5,10 +5,10 @@ from __future__ import annotations
 import argparse
 from typing import TYPE_CHECKING
 
-from dcp_resume.cli.arguments import PATIENT, add_step, add_verb, opener
+from dcp_resume.cli.arguments import PATIENT, add_step, add_target_option, add_verb, openers
 from dcp_resume.cli.import_checkpoint import FORMATS
 from dcp_resume.cli.keys import read_signing
-from dcp_resume.cli.printing import print_json, size_text
+from dcp_resume.cli.printing import print_json, print_prose, size_text
 from dcp_resume.cli.progress import ProgressLine
 
 if TYPE_CHECKING:
@@ -58,6 +58,7 @@ def add_parser(verbs: Verbs) -> None:
     verb.add_argument(
         "--window-mib", type=int, default=64, metavar="MIB", help="memory in transit (default: 64)"
     )
+    add_target_option(verb, "TARGET")
     verb.set_defaults(run=_run)
 
 
@@ -65,7 +66,7 @@ def _run(arguments: argparse.Namespace) -> int:
     from dcp_resume.interop import ExportOptions, Format, Leftovers, export_checkpoint
     from dcp_resume.session.finding import find_checkpoints
 
-    opened = opener(arguments.url, arguments.target, arguments, retry=PATIENT)
+    open_source, open_target = openers(arguments.url, arguments.target, arguments, retry=PATIENT)
     trust = read_signing(arguments).trust
     progress = ProgressLine("exporting")
     options = ExportOptions(
@@ -75,9 +76,9 @@ def _run(arguments: argparse.Namespace) -> int:
         window_bytes=arguments.window_mib << 20,
         progress=progress,
         trust=trust,
-        open_url=opened,
+        open_url=open_target,
     )
-    source = opened(arguments.url)
+    source = open_source(arguments.url)
     (located,) = find_checkpoints(source, arguments.step, trust)
     form = Format(arguments.format)
     try:
@@ -106,5 +107,5 @@ def _run(arguments: argparse.Namespace) -> int:
         f"value(s), {size_text(result.num_bytes)}, {result.duration_s:.1f} s"
     )
     for problem in result.dropped:
-        print(f"left out: {problem}")
+        print_prose(f"left out: {problem}")
     return 0

@@ -5,9 +5,9 @@ from __future__ import annotations
 import argparse
 from typing import TYPE_CHECKING
 
-from dcp_resume.cli.arguments import PATIENT, add_verb, opener
+from dcp_resume.cli.arguments import PATIENT, add_target_option, add_verb, openers
 from dcp_resume.cli.keys import read_signing
-from dcp_resume.cli.printing import print_json, size_text
+from dcp_resume.cli.printing import print_json, print_prose, size_text
 from dcp_resume.cli.progress import ProgressLine
 
 if TYPE_CHECKING:
@@ -21,8 +21,9 @@ _DESCRIPTION = """\
 Commit what a checkpoint of another library holds to the run at RUN, which may be new. The run is
 opened for it: A JOB THAT IS STILL WRITING THERE IS FENCED.
 
-SOURCE is a file (safetensors, torch.save, llm.c) or a directory (Hugging Face, DCP, Megatron
-torch_dist, InfiniTrain). Nothing of it is executed. Tensors stream by in windows.
+SOURCE is a file (safetensors, torch.save, llm.c) or a directory (Hugging Face's of safetensors or
+pytorch_model*.bin, DCP, Megatron torch_dist, InfiniTrain). Nothing of it is executed. Tensors
+stream by in windows.
 """
 _EXAMPLES = """\
   dcp-resume import model.pth runs/a
@@ -49,6 +50,7 @@ def add_parser(verbs: Verbs) -> None:
     verb.add_argument(
         "--window-mib", type=int, default=64, metavar="MIB", help="memory in transit (default: 64)"
     )
+    add_target_option(verb, "RUN")
     verb.set_defaults(run=_run)
 
 
@@ -61,7 +63,7 @@ def _run(arguments: argparse.Namespace) -> int:
         locate_source,
     )
 
-    opened = opener(arguments.source, arguments.target, arguments, retry=PATIENT)
+    open_source, open_target = openers(arguments.source, arguments.target, arguments, retry=PATIENT)
     progress = ProgressLine("importing")
     options = ImportOptions(
         format=Format(arguments.format) if arguments.format else None,
@@ -72,9 +74,9 @@ def _run(arguments: argparse.Namespace) -> int:
         progress=progress,
         signing=read_signing(arguments),
     )
-    target = opened(arguments.target)
+    target = open_target(arguments.target)
     try:
-        result = import_checkpoint(locate_source(arguments.source, opened), target, options)
+        result = import_checkpoint(locate_source(arguments.source, open_source), target, options)
     finally:
         progress.close()
     left = [{"where": p.where, "kind": p.kind, "message": p.message} for p in result.left]
@@ -101,5 +103,5 @@ def _run(arguments: argparse.Namespace) -> int:
         f"{size_text(result.num_bytes)}, {result.duration_s:.1f} s"
     )
     for problem in result.left:
-        print(f"left out: {problem}")
+        print_prose(f"left out: {problem}")
     return 0

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from dcp_resume.cli.arguments import add_step, add_verb, open_url
 from dcp_resume.cli.keys import read_signing
-from dcp_resume.cli.printing import print_json, print_table, size_text
+from dcp_resume.cli.printing import print_json, print_prose, print_table, size_text
 
 if TYPE_CHECKING:
     from dcp_resume.cli.arguments import Verbs
@@ -76,11 +76,15 @@ def _run(arguments: argparse.Namespace) -> int:
         [name, str(part.num_tensors), str(part.num_leaves), size_text(part.num_bytes)]
         for name, part in opened.manifest.parts.items()
     ]
-    print_table(("part", "tensors", "values", "size"), parts, left=1)
+    print_table(("part", "tensors", "values", "in files"), parts, words={"part"})
     if is_full:
         print()
         columns = ("tensor", "dtype", "kind", "shape", "placements", "size")
-        print_table(columns, list(_tree(opened.catalog.tensors, arguments.depth)), left=3)
+        rows = list(_tree(opened.catalog.tensors, arguments.depth))
+        print_table(columns, rows, words={"tensor", "dtype", "kind", "placements"})
+        aliases = [entry for entry in opened.catalog.tensors if entry.alias_of]
+        for entry in aliases if arguments.depth is None else ():
+            print_prose(f"{entry.fqn} is an alias of {entry.alias_of}")
     return 0
 
 
@@ -107,7 +111,8 @@ def _document(opened: OpenedCheckpoint, *, is_full: bool) -> dict[str, Any]:
 def _lines(manifest: Manifest) -> Iterator[tuple[str, str]]:
     topology, trainer = manifest.topology, manifest.trainer
     yield "step", str(manifest.step)
-    yield "run", f"{manifest.run} (generation {manifest.generation}, attempt {manifest.attempt})"
+    yield "run", manifest.run
+    yield "attempt", f"{manifest.attempt} of generation {manifest.generation}"
     yield "created", manifest.created
     yield "size", f"{size_text(manifest.counts.num_bytes)} in {manifest.counts.files} file(s)"
     yield "world size", str(topology.world_size)
@@ -151,9 +156,13 @@ def _tree(entries: Sequence[TensorEntry], depth: int | None, level: int = 0) -> 
         deeper = [entry for entry in branch if len(_names(entry)) > level + 1]
         if deeper:
             size = size_text(sum(map(_num_bytes, deeper)))
-            yield [label, "", f"{len(deeper)} tensor(s)", "", "", size]
+            yield [label, "", _count(deeper), "", "", size]
             if depth is None or level + 1 < depth:
                 yield from _tree(deeper, depth, level + 1)
+
+
+def _count(entries: Sequence[TensorEntry]) -> str:
+    return f"{len(entries)} tensor{'' if len(entries) == 1 else 's'}"
 
 
 def _names(entry: TensorEntry) -> list[str]:
@@ -171,7 +180,7 @@ def _sorted(entries: Sequence[TensorEntry]) -> list[TensorEntry]:
 def _cells(entry: TensorEntry) -> list[str]:
     return [
         entry.dtype,
-        f"alias of {entry.alias_of}" if entry.alias_of else entry.kind,
+        "alias" if entry.alias_of else entry.kind,
         ", ".join(map(str, entry.global_shape)) or "scalar",
         " ".join(entry.placements or ("-",)),
         size_text(_num_bytes(entry)),

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 from dcp_resume.cli.arguments import add_verb, open_run
-from dcp_resume.cli.printing import print_json, print_table, size_text
+from dcp_resume.cli.printing import print_json, print_prose, print_table, size_text
 from dcp_resume.manifest.history import RunHistory
 from dcp_resume.manifest.records import CommitRecord
 
@@ -70,7 +70,13 @@ def _run(arguments: argparse.Namespace) -> int:
         row[0] = "*" if newest and newest.seq == seq else ""
         row[-1] += ", pinned" if seq in history.pinned else ""
         row[-1] += "".join(f", {name}" for name in history.tags_of(seq))
-    print_table(_COLUMNS, rows)
+    if not rows:
+        left = f"; --all lists the other {len(states)}" if states else " yet"
+        print_prose(
+            f"{store.url} has no checkpoint{' on its current line' if states else ''}{left}"
+        )
+        return 0
+    print_table(_COLUMNS, rows, words={"state"})
     return 0
 
 

@@ -9,7 +9,7 @@ import traceback
 from collections.abc import Sequence
 
 from dcp_resume.cli.exit_codes import EXIT_CODES_HELP, ExitCode, exit_code_of
-from dcp_resume.cli.printing import print_json
+from dcp_resume.cli.printing import print_json, print_prose
 from dcp_resume.cli.progress import RetryNotes
 from dcp_resume.errors import DcpResumeError
 from dcp_resume.events import subscribe
@@ -133,5 +133,5 @@ def _report(error: DcpResumeError, arguments: argparse.Namespace) -> ExitCode:
         ]
         document = {"type": type(error).__name__, "message": str(error), "problems": problems}
         print_json({"error": document})
-    print(f"dcp-resume: {error}", file=sys.stderr)
+    print_prose(f"dcp-resume: {error}", sys.stderr)
     return exit_code_of(error)

@@ -6,10 +6,11 @@ import argparse
 from dataclasses import asdict
 from typing import TYPE_CHECKING
 
-from dcp_resume.cli.arguments import PATIENT, add_step, add_verb, open_pair
+from dcp_resume.cli.arguments import PATIENT, add_step, add_target_option, add_verb, open_pair
 from dcp_resume.cli.keys import read_signing
 from dcp_resume.cli.printing import print_json, size_text
 from dcp_resume.cli.progress import ProgressLine
+from dcp_resume.errors import ConfigurationError
 
 if TYPE_CHECKING:
     from dcp_resume.cli.arguments import Verbs
@@ -45,6 +46,7 @@ def add_parser(verbs: Verbs) -> None:
     verb.add_argument(
         "--window-mib", type=int, default=64, metavar="MIB", help="memory in transit (default: 64)"
     )
+    add_target_option(verb, "--into")
     verb.set_defaults(run=_run)
 
 
@@ -53,6 +55,11 @@ def _run(arguments: argparse.Namespace) -> int:
     from dcp_resume.session.materialize import materialize
     from dcp_resume.session.rewriting import RewriteOptions
 
+    if arguments.target_storage_option is not None and arguments.into is None:
+        raise ConfigurationError(
+            "a target storage option was given, and no target; add --into, or leave it out",
+            option="target-storage-option",
+        )
     into = arguments.into or arguments.url
     source, target = open_pair(arguments.url, into, arguments, retry=PATIENT)
     signing = read_signing(arguments)

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from dcp_resume.cli.arguments import add_step, add_verb, open_url
 from dcp_resume.cli.keys import read_signing
 from dcp_resume.cli.layout_file import read_layout
-from dcp_resume.cli.printing import print_json, print_table, size_text
+from dcp_resume.cli.printing import print_json, print_prose, print_table, size_text
 
 if TYPE_CHECKING:
     from dcp_resume.cli.arguments import Verbs
@@ -82,21 +82,22 @@ def _document(plan: ReadPlan) -> dict[str, object]:
 
 def _print(plan: ReadPlan, step: int, mesh: str) -> None:
     columns = ("ranks", "needed", "fetched", "amplification", "requests", "files")
-    print_table(columns, list(_rows(plan)), left=1)
+    print_table(columns, list(_rows(plan)), words={"ranks"})
     what = f"{len(plan.ranks)} rank(s) of {mesh}"
-    print(
-        f"\nstep {step} on {what}: {size_text(plan.unique_bytes)} needed by any, "
+    print()
+    print_prose(
+        f"step {step} on {what}: {size_text(plan.unique_bytes)} needed by any, "
         f"{size_text(plan.fetched_bytes)} fetched by all, {plan.amplification:.2f} times as much"
     )
-    print(f"each rank also reads {size_text(plan.document_bytes)} of catalog and index")
+    print_prose(f"each rank also reads {size_text(plan.document_bytes)} of catalog and index")
     if plan.kept:
         axes = sorted({axis for kept in plan.kept for axis in kept.axes})
-        print(
+        print_prose(
             f"read whole along {', '.join(axes)}, because no rule says how it splits them: "
             f"{len(plan.kept)} tensor(s), such as {plan.kept[0].fqn}; --layout gives rules"
         )
     if plan.dropped:
-        print(f"not read, because other ranks wrote these values: {', '.join(plan.dropped)}")
+        print_prose(f"not read, because other ranks wrote these values: {', '.join(plan.dropped)}")
 
 
 def _rows(plan: ReadPlan) -> Iterator[list[str]]:

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 import sys
-from collections.abc import Sequence
-from typing import Any
+import textwrap
+from collections.abc import Collection, Sequence
+from typing import Any, TextIO
 
 __all__ = [
     "duration_text",
     "print_json",
+    "print_prose",
     "print_table",
     "size_text",
     "without_infinities",
@@ -65,30 +68,62 @@ def print_json(document: Any) -> None:
     print(json.dumps(without_infinities(document), indent=2, allow_nan=False, ensure_ascii=False))
 
 
-def print_table(columns: Sequence[str], rows: Sequence[Sequence[str]], *, left: int = 0) -> None:
+def print_prose(text: str, to: TextIO | None = None) -> None:
+    """Print sentences or items, one a line: on a terminal broken between words, else as they are.
+
+    What goes on in the next line stands two further in than the first.
+
+    Args:
+        text: One or more lines.
+        to: Where; stdout by default.
+    """
+    stream = sys.stdout if to is None else to
+    lines = text.splitlines()
+    if _is_terminal(stream):
+        width = shutil.get_terminal_size().columns
+        lines = [part for line in lines for part in _wrapped(line, width)]
+    print("\n".join(lines), file=stream, flush=True)
+
+
+def _is_terminal(stream: TextIO) -> bool:
+    return stream.isatty()
+
+
+def _wrapped(line: str, width: int) -> list[str]:
+    indent = " " * (len(line) - len(line.lstrip()) + 2)
+    return textwrap.wrap(
+        line, width, subsequent_indent=indent, break_long_words=False, break_on_hyphens=False
+    ) or [""]
+
+
+def print_table(
+    columns: Sequence[str], rows: Sequence[Sequence[str]], *, words: Collection[str] = ()
+) -> None:
     """Print rows under their headings: by rich on a terminal where it is installed, else plainly.
 
     Args:
         columns: Headings.
         rows: Cells.
-        left: The first so many columns are aligned to the left, the others to the right.
+        words: Columns that are aligned to the left; the others, numbers, to the right.
     """
-    if _is_terminal() and len(rows) <= _MAX_RICH_ROWS and _print_rich(columns, rows, left):
+    if (
+        _is_terminal(sys.stdout)
+        and len(rows) <= _MAX_RICH_ROWS
+        and _print_rich(columns, rows, words)
+    ):
         return
     widths = [max(map(len, cells)) for cells in zip(columns, *rows, strict=True)]
     for row in (columns, *rows):
         cells = [
-            cell.ljust(width) if number < left else cell.rjust(width)
-            for number, (cell, width) in enumerate(zip(row, widths, strict=True))
+            cell.ljust(width) if column in words else cell.rjust(width)
+            for column, cell, width in zip(columns, row, widths, strict=True)
         ]
         print("  ".join(cells).rstrip())
 
 
-def _is_terminal() -> bool:
-    return sys.stdout.isatty()
-
-
-def _print_rich(columns: Sequence[str], rows: Sequence[Sequence[str]], left: int) -> bool:
+def _print_rich(
+    columns: Sequence[str], rows: Sequence[Sequence[str]], words: Collection[str]
+) -> bool:
     try:
         from rich.console import Console
         from rich.table import Table
@@ -96,8 +131,8 @@ def _print_rich(columns: Sequence[str], rows: Sequence[Sequence[str]], left: int
     except ImportError:
         return False
     table = Table(box=None, pad_edge=False)
-    for number, column in enumerate(columns):
-        justify: Any = "left" if number < left else "right"
+    for column in columns:
+        justify: Any = "left" if column in words else "right"
         table.add_column(column, justify=justify, overflow="fold")
     for row in rows:
         table.add_row(*map(Text, row))

@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
-from dcp_resume.cli.printing import size_text
+from dcp_resume.cli.printing import print_prose, size_text
 from dcp_resume.events import Event, StorageRetried
 
 if TYPE_CHECKING:
@@ -39,7 +39,8 @@ class RetryNotes:
         self._next = self._clock() + self._EVERY_S
         what = f"{event.key!r}: " if event.key else ""
         note = f"dcp-resume: storage is tried again, {what}{event.reason}"
-        print(note, file=sys.stderr, flush=True)
+        StatusLine().close()  # else the note goes on where the status ends
+        print_prose(note, sys.stderr)
 
 
 class StatusLine:
@@ -78,12 +79,12 @@ class ProgressLine:
         if not self._line.is_shown or (now < self._next and done < total):
             return
         self._next = now + self._EVERY_S
-        if self._bar is not None:
-            self._bar.update(self._bar.task_ids[0], completed=done, total=total)
-            return
         rate = size_text(done / max(now - self._started, 1e-9))
-        share = f"{100 * done / max(total, 1):3.0f}%"
-        self._line.show(f"{self._verb} {share} of {size_text(total)}, {rate}/s")
+        text = f"{100 * done / max(total, 1):3.0f}% of {size_text(total)}, {rate}/s"
+        if self._bar is not None:
+            self._bar.update(self._bar.task_ids[0], completed=done, total=total, text=text)
+        else:
+            self._line.show(f"{self._verb} {text}")
 
     def close(self) -> None:
         """Clear it."""
@@ -97,25 +98,17 @@ def _bar(verb: str) -> Progress | None:
     if importlib.util.find_spec("rich") is None:
         return None
     from rich.console import Console
-    from rich.progress import (
-        BarColumn,
-        DownloadColumn,
-        Progress,
-        TextColumn,
-        TimeRemainingColumn,
-        TransferSpeedColumn,
-    )
+    from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
     bar = Progress(
         TextColumn("{task.description}", markup=False),
         BarColumn(bar_width=None),
-        DownloadColumn(binary_units=True),
-        TransferSpeedColumn(),
-        TimeRemainingColumn(),
+        TextColumn("{task.fields[text]}", markup=False),
+        TimeRemainingColumn(compact=True),
         console=Console(stderr=True),
         transient=True,
         refresh_per_second=5,
     )
-    bar.add_task(verb, total=None)
+    bar.add_task(verb, total=None, text="")
     bar.start()
     return bar

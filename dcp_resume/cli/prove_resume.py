@@ -11,7 +11,7 @@ from dcp_resume.cli.arguments import add_verb, read_pairs
 from dcp_resume.cli.diff_checkpoints import add_ignore, difference_document, print_difference
 from dcp_resume.cli.exit_codes import ExitCode
 from dcp_resume.cli.keys import read_signing
-from dcp_resume.cli.printing import print_json
+from dcp_resume.cli.printing import print_json, print_prose
 
 if TYPE_CHECKING:
     from dcp_resume.cli.arguments import Verbs
@@ -116,24 +116,24 @@ def _print(proof: Proof, url: str) -> None:
         when = "straight (A) and resumed (B)"
         if found.step_a == proof.stop_at:
             when = "two trainings, before any resume"
-        print(f"step {found.step_a}, {when}:")
+        print_prose(f"step {found.step_a}, {when}:")
         print_difference(found)
         print()
     what = f"the training that was stopped at step {proof.stop_at} and resumed"
     if proof.verdict is Verdict.EXACT:
-        print(f"PROVEN: {what} is at step {proof.last} the straight one, bit for bit")
+        print_prose(f"PROVEN: {what} is at step {proof.last} the straight one, bit for bit")
         return
     if proof.verdict is Verdict.NOT_EXACT:
-        print(f"NOT PROVEN: {what} is at step {proof.last} not the straight one")
+        print_prose(f"NOT PROVEN: {what} is at step {proof.last} not the straight one")
         if not proof.is_reproducible_to_the_stop:
-            print(
+            print_prose(
                 f"whether two trainings agree up to the stop is not known: save step "
                 f"{proof.stop_at} in the straight leg too, to tell that from the resume"
             )
     else:
-        print(
+        print_prose(
             f"NOT REPRODUCIBLE: two trainings differ at step {proof.stop_at}, before any resume; "
             f"fix seeds and deterministic algorithms, or --ignore what your training does not use, "
             f"then prove again"
         )
-    print(f"the runs are kept: dcp-resume diff {url}/straight {url}/resumed")
+    print_prose(f"the runs are kept: dcp-resume diff {url}/straight {url}/resumed")

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from dcp_resume.cli.arguments import PATIENT, add_verb, add_yes, open_run
 from dcp_resume.cli.exit_codes import ExitCode, exit_code_of
 from dcp_resume.cli.keep_options import add_keep_options, read_policy
-from dcp_resume.cli.printing import print_json, print_table, size_text
+from dcp_resume.cli.printing import print_json, print_prose, print_table, size_text
 
 if TYPE_CHECKING:
     from dcp_resume.cli.arguments import Verbs
@@ -112,11 +112,12 @@ def _print(
         ]
         for one in decisions
     ]
-    print_table(("", "step", "gen", "time", "size", "action", "because"), rows)
+    columns = ("", "step", "gen", "time", "size", "action", "because")
+    print_table(columns, rows, words={"action", "because"})
     print()
     surplus = [one.entry.record.num_bytes for one in decisions if not one.is_kept]
     if is_dry_run:
-        print(
+        print_prose(
             f"{len(surplus)} of {len(decisions)} checkpoint(s), {size_text(sum(surplus))}, would "
             "be retired and deleted. Nothing was changed; add --yes to do it."
         )
@@ -125,8 +126,10 @@ def _print(
     num_retired = sum(one.is_retired for one in pruned)
     print(f"{num_retired} checkpoint(s) retired, {size_text(freed)} deleted")
     if len(pruned) < len(surplus):
-        print(f"{len(surplus) - len(pruned)} left: another job needs or has retired them by now")
+        print_prose(
+            f"{len(surplus) - len(pruned)} left: another job needs or has retired them by now"
+        )
     for one in pruned:
         if one.failure is not None:
             what = "not deleted whole" if one.is_retired else "not retired"
-            print(f"  - step {one.entry.record.step}: {what}: {one.failure}")
+            print_prose(f"  - step {one.entry.record.step}: {what}: {one.failure}")

@@ -6,7 +6,7 @@ import argparse
 from typing import TYPE_CHECKING
 
 from dcp_resume.cli.arguments import add_verb, open_run
-from dcp_resume.cli.printing import print_json
+from dcp_resume.cli.printing import print_json, print_prose
 from dcp_resume.errors import CheckpointNotFound
 from dcp_resume.manifest.history import CommitEntry, RunHistory
 from dcp_resume.session.marks import quarantine, unquarantine
@@ -98,7 +98,7 @@ def _tell(
         )
     else:
         follows = "no checkpoint" if newest_step is None else f"step {newest_step}"
-        print(f"step {entry.record.step} is {state}; the run would resume from {follows}")
+        print_prose(f"step {entry.record.step} is {state}; the run would resume from {follows}")
     return 0
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -14,7 +15,7 @@ from dcp_resume.cli.keep_options import (
     read_policy,
 )
 from dcp_resume.cli.keys import read_signing
-from dcp_resume.cli.printing import print_json
+from dcp_resume.cli.printing import print_json, print_prose
 
 if TYPE_CHECKING:
     from dcp_resume.cli.arguments import Verbs
@@ -24,8 +25,9 @@ __all__ = ["add_parser"]
 _DESCRIPTION = """\
 Write one HTML file about a run: what each save took (staged, written, committed), each phase on
 each rank with the slowest rank, which rank wrote which tensor, loss and learning rate, storage, and
-what the options --keep-… would delete. It asks no network for anything and runs no script. The log
-and one checkpoint's documents are read, no data file is; nothing is changed.
+what the options --keep-… would delete, and saves that came to nothing. It asks no network for
+anything and runs no script. The log and one checkpoint's documents are read, and the names of all
+files are listed, no data file is read; nothing is changed.
 """
 _EXAMPLES = """\
   dcp-resume report runs/a
@@ -62,12 +64,14 @@ def add_parser(verbs: Verbs) -> None:
 
 def _run(arguments: argparse.Namespace) -> int:
     from dcp_resume.run_report.gathering import gather
+    from dcp_resume.run_report.lost_saves import find_lost_saves
     from dcp_resume.run_report.page import html_page
     from dcp_resume.run_report.picture import find_browser, write_png
     from dcp_resume.session.selecting import select_commits
 
     browser = find_browser() if arguments.png else None
     store, log = open_run(arguments)
+    lost = find_lost_saves(store, log)
     history = log.history
     is_empty = arguments.step == "latest" and history.newest() is None
     entry = None if is_empty else select_commits(history, arguments.step, store.url)[0]
@@ -77,6 +81,7 @@ def _run(arguments: argparse.Namespace) -> int:
         entry,
         read_policy(arguments) if is_policy_given(arguments) else None,
         mtbf_s=arguments.mtbf,
+        lost=lost,
         trust=read_signing(arguments).trust,
     )
     page = html_page(report)
@@ -97,11 +102,12 @@ def _run(arguments: argparse.Namespace) -> int:
                     for phase in (report.checkpoint.phases if report.checkpoint else ())
                 },
                 "advised_interval_s": report.advice.interval_s if report.advice else None,
+                "lost": [asdict(one) for one in lost],
                 "missing": list(report.missing),
             }
         )
     else:
         print("wrote", ", ".join(str(path) for path in written))
         for why in report.missing:
-            print(f"not shown: {why}")
+            print_prose(f"not shown: {why}")
     return 0

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from dcp_resume.cli.arguments import PATIENT, add_step, add_target_option, add_verb, open_pair
 from dcp_resume.cli.keys import read_signing
 from dcp_resume.cli.layout_file import read_layout
-from dcp_resume.cli.printing import print_json, size_text
+from dcp_resume.cli.printing import print_json, print_prose, size_text
 from dcp_resume.cli.progress import ProgressLine
 
 if TYPE_CHECKING:
@@ -120,10 +120,12 @@ def _print(result: ReshardResult, url: str, mesh: str) -> None:
         f"{size_text(result.read_bytes)} read, {result.duration_s:.1f} s, {rate}/s"
     )
     if result.kept:
-        print(f"kept replicated, because no rule says how the axis splits them: {len(result.kept)}")
+        print_prose(
+            f"kept replicated, because no rule says how the axis splits them: {len(result.kept)}"
+        )
         for kept in result.kept:
             print(f"  - {kept.fqn}: {', '.join(kept.axes)}")
     if result.dropped:
-        print("dropped, because these values belong to the ranks that wrote them:")
+        print_prose("dropped, because these values belong to the ranks that wrote them:")
         for fqn in result.dropped:
             print(f"  - {fqn}")

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from dcp_resume.cli.arguments import PATIENT, add_step, add_verb, open_url
 from dcp_resume.cli.exit_codes import ExitCode
 from dcp_resume.cli.keys import read_signing
-from dcp_resume.cli.printing import print_json, size_text
+from dcp_resume.cli.printing import print_json, print_prose, size_text
 from dcp_resume.cli.progress import ProgressLine
 from dcp_resume.errors import ConfigurationError
 
@@ -113,7 +113,7 @@ def _run(arguments: argparse.Namespace) -> int:
     results: list[Verification] = []
     trust = read_signing(arguments).trust
     for located in find_checkpoints(store, arguments.step, trust):
-        progress = ProgressLine(f"verifying {located.prefix or store.url}")
+        progress = ProgressLine(f"verifying {located.prefix.partition('/')[0]}".rstrip())
         try:
             results.append(
                 verify_checkpoint(
@@ -145,12 +145,12 @@ def _print(result: Verification, sample: Sample) -> None:
     counted = f"{result.num_blocks} blocks"
     if result.num_tensors:
         counted += f", {result.num_tensors} tensor digests"
-    print(
+    print_prose(
         f"{where}: {_verdict(result, sample)}; {counted}, {size_text(result.num_bytes)} in "
         f"{result.num_files} file(s), {result.duration_s:.1f} s, {rate}/s"
     )
     for problem in result.problems:
-        print(f"  - {problem}")
+        print_prose(f"  - {problem}")
 
 
 def _verdict(result: Verification, sample: Sample) -> str:

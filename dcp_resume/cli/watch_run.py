@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 from dcp_resume.cli.arguments import PATIENT, add_verb, open_run
 from dcp_resume.cli.keep_options import read_duration
-from dcp_resume.cli.printing import duration_text, size_text, without_infinities
+from dcp_resume.cli.printing import duration_text, print_prose, size_text, without_infinities
 from dcp_resume.cli.progress import StatusLine
 from dcp_resume.errors import InvalidDocument, Problem
 from dcp_resume.manifest.history import RunHistory
@@ -141,7 +141,7 @@ def _print(seq: int, record: LogRecord, history: RunHistory, *, is_json: bool) -
         why = history.ignored.get(seq)
         line = f"{record.created}  {_text(record, history)}"
         line += f" (does not count: {why})" if why else ""
-    print(line, flush=True)
+    print_prose(line)
 
 
 def _step(record: LogRecord, history: RunHistory) -> int | None:

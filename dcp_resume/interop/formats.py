@@ -13,7 +13,7 @@ class Format(Enum):
     SAFETENSORS = "safetensors"
     """A file, or a directory of files and ``model.safetensors.index.json``."""
     TORCH = "torch"
-    """A file of ``torch.save``."""
+    """A file of ``torch.save``; read, also a directory of ``pytorch_model*.bin``."""
     DCP = "dcp"
     """A directory of ``torch.distributed.checkpoint``."""
     MEGATRON = "torch_dist"

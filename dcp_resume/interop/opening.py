@@ -13,13 +13,14 @@ from dcp_resume.interop.llmc import MAGIC, read_llmc
 from dcp_resume.interop.megatron import COMMON_NAME, CONFIG_NAME, read_megatron
 from dcp_resume.interop.safetensors import read_safetensors
 from dcp_resume.interop.torch_file import read_torch
+from dcp_resume.interop.torch_shards import BIN_INDEX_NAME, BIN_NAME, read_torch_shards
 from dcp_resume.storage import ObjectStore
 
 __all__ = ["detect_format", "locate_source", "open_foreign", "split_url"]
 
 _READERS: Mapping[Format, Callable[[Source], Foreign]] = {
     Format.SAFETENSORS: read_safetensors,
-    Format.TORCH: read_torch,
+    Format.TORCH: lambda source: read_torch(source) if source.key else read_torch_shards(source),
     Format.DCP: read_dcp,
     Format.MEGATRON: read_megatron,
     Format.LLMC: read_llmc,
@@ -76,6 +77,8 @@ def _of_directory(source: Source) -> Format:
         raise source.wrong_format("a foreign checkpoint", "a run of dcp_resume: it has a log")
     if any("/" not in name and name.endswith(".safetensors") for name in names):
         return Format.SAFETENSORS
+    if names & {BIN_NAME, BIN_INDEX_NAME}:
+        return Format.TORCH
     if names & {MODEL_NAME, f"rank_000000/{MODEL_NAME}"}:
         return Format.INFINITRAIN
     found = ", ".join(sorted(names)[:5]) or "nothing"

@@ -6,12 +6,13 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
-from dcp_resume.errors import ForeignDamage, Problem
+from dcp_resume.errors import Problem
 from dcp_resume.format.dtypes import DTYPES, RESERVED_KEY
 from dcp_resume.format.strict_json import load_strict
 from dcp_resume.interop.foreign import Foreign, ForeignTensor, Region, Source, row_major
 from dcp_resume.interop.formats import Format
 from dcp_resume.interop.outgoing import Outgoing, OutgoingFile, OutgoingTensor, Segment
+from dcp_resume.interop.weight_index import index_problems, read_weight_map
 from dcp_resume.manifest.boxes import Box
 
 __all__ = ["INDEX_NAME", "lay_out_safetensors", "read_safetensors"]
@@ -50,7 +51,8 @@ def read_safetensors(source: Source) -> Foreign:
             aliases.update((k, v) for k, v in metadata.items() if isinstance(v, str))
         except (AttributeError, LookupError, TypeError, ValueError, RecursionError) as error:
             problems.append(Problem(key, "header", f"malformed ({error})"))
-    problems += [] if problems else _index_problems(source, sizes, places)
+    if INDEX_NAME in sizes and not problems:
+        problems = index_problems(read_weight_map(source, INDEX_NAME), places, sizes)
     if problems:
         raise source.damage(problems)
     ties = {a: b for a, b in aliases.items() if a not in found and b in found}
@@ -119,29 +121,6 @@ def _add(found: dict[str, ForeignTensor], name: str, tensor: ForeignTensor) -> N
         raise ValueError(f"{name} is {known.dtype} elsewhere, or has other dims")
     shape = tuple(map(max, known.shape, tensor.shape))
     found[name] = ForeignTensor(known.path, known.dtype, shape, known.regions + tensor.regions)
-
-
-def _index_problems(
-    source: Source, sizes: Mapping[str, int], places: Mapping[str, str]
-) -> list[Problem]:
-    if source.key or INDEX_NAME not in sizes:
-        return []
-    try:
-        index = load_strict(source.read_whole(INDEX_NAME, MAX_HEADER))
-        named = dict(index["weight_map"])
-    except ForeignDamage:
-        raise
-    except (ValueError, LookupError, TypeError) as error:
-        return [Problem(INDEX_NAME, "index", f"malformed ({error})")]
-    problems = []
-    for name in sorted({*named, *places}):
-        there, said = places.get(name), named.get(name)
-        if said is None:
-            problems.append(Problem(name, "index", f"it lies in {there}, the index leaves it out"))
-        elif there is None or (there != said and said not in sizes):
-            message = f"the index says {said!r:.80}, where it is not"
-            problems.append(Problem(name, "index", message))
-    return problems
 
 
 def lay_out_safetensors(outgoing: Outgoing, name: str) -> list[OutgoingFile]:

@@ -74,7 +74,12 @@ def plain(node: Any) -> Any:
     Raises:
         ValueError: Nested too deep, of more nodes than any state, or a tensor that is malformed.
     """
-    return _Reading().plain(node, 0)
+    try:
+        return _Reading().plain(node, 0)
+    except (LookupError, OverflowError, RecursionError, TypeError) as error:
+        raise ValueError(
+            f"an object of torch with other arguments than its own ({error})"
+        ) from error
 
 
 class _Reading:

@@ -9,6 +9,8 @@ from html import escape
 
 __all__ = ["Series", "heat_table", "legend", "line_chart", "stacked_bars", "ticks"]
 
+_MAX_NAME = 48
+"""Letters of a row's name; it is there whole for pointing at."""
 _WIDTH, _LEFT, _RIGHT, _TOP, _BOTTOM = 940, 80, 14, 12, 26
 
 
@@ -166,10 +168,17 @@ def heat_table(
                 f'<td class="{kind}" title="{title}" '
                 f'style="background:rgba(var(--heat),{shade:.2f})">{shown}</td>'
             )
-        named = f'<td class="name" title="{escape(name)}">{escape(name)}</td>'
+        named = f'<td class="name" title="{escape(name)}">{escape(_shortened(name))}</td>'
         noted = f'<td class="note">{escape(behind)}</td>'
         lines.append(f"<tr>{named}{''.join(cells)}{noted}</tr>")
     return f'<div class="scroll"><table class="heat">{"".join(lines)}</table></div>'
+
+
+def _shortened(name: str) -> str:
+    """Without its middle, if it is long: names of one layer differ at their ends."""
+    if len(name) <= _MAX_NAME:
+        return name
+    return f"{name[: _MAX_NAME // 3]}…{name[-(_MAX_NAME - _MAX_NAME // 3 - 1) :]}"
 
 
 def _path(one: Series, points: Sequence[tuple[float, float]], floor: float) -> str:

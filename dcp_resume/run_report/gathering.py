@@ -16,6 +16,7 @@ from dcp_resume.manifest.history import CommitEntry, RunHistory
 from dcp_resume.manifest.models import RankTimes
 from dcp_resume.manifest.signing import ANYONE, Trust
 from dcp_resume.observe.intervals import advised_interval_s
+from dcp_resume.run_report.lost_saves import LostSave
 from dcp_resume.session.located import Located
 from dcp_resume.session.opening import OpenedCheckpoint, open_checkpoint
 from dcp_resume.storage import ObjectStore
@@ -88,6 +89,8 @@ class RunReport:
     policy: str
     """Empty if none was asked for."""
     advice: Advice | None
+    lost: tuple[LostSave, ...]
+    """Saves that came to nothing."""
     missing: tuple[str, ...]
     """What cannot be shown, and why."""
 
@@ -122,6 +125,7 @@ def gather(
     policy: RetentionPolicy | None,
     *,
     mtbf_s: float | None = None,
+    lost: tuple[LostSave, ...] = (),
     max_tensors: int = 40,
     trust: Trust = ANYONE,
 ) -> RunReport:
@@ -133,6 +137,7 @@ def gather(
         entry: The checkpoint to look at closely; None where there is none.
         policy: Whose deletions to show; None for none.
         mtbf_s: Mean time between failures; None to take it from the run's interruptions.
+        lost: Saves that came to nothing; see ``find_lost_saves``.
         max_tensors: Shown one by one; the others are added up.
         trust: Whose checkpoints are believed.
 
@@ -169,7 +174,7 @@ def gather(
     if policy is None:
         missing.append("What retention will delete: no policy was given (--keep-…).")
     text = "" if policy is None else str(policy)
-    return RunReport(store.url, history, view, decisions, text, advice, tuple(missing))
+    return RunReport(store.url, history, view, decisions, text, advice, lost, tuple(missing))
 
 
 def _view(opened: OpenedCheckpoint, max_tensors: int) -> CheckpointView:

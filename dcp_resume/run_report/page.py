@@ -16,6 +16,10 @@ __all__ = ["html_page"]
 _MAX_SAVES = 48
 """Bars that can still be told apart."""
 _MAX_COLUMNS = 64
+_UNRECORDED = (
+    "Why a save failed, and which requests were tried again, a run does not record: the job's own "
+    "log and events tell."
+)
 _POLICY = "default-src 'none'; style-src 'unsafe-inline'"
 """Told to the browser: whatever a name from storage says, nothing is fetched and nothing runs."""
 
@@ -44,6 +48,7 @@ def _sections(report: RunReport) -> Iterator[tuple[str, str]]:
     if view is not None:
         yield f"Phases by rank, step {view.step}", _phases(view)
         yield f"Which rank wrote what, step {view.step}", _shards(view)
+    yield "Saves that came to nothing", _lost(report)
     yield "Loss", _losses(report)
     yield "Learning rate", _rates(report)
     yield "Storage", _storage(report)
@@ -199,7 +204,9 @@ def _bins(values: Sequence[float], width: int) -> list[float]:
 
 
 def _meshes(view: CheckpointView) -> str:
-    return "".join(f", {escape(mesh)}" for mesh in view.meshes)
+    """Each mesh once: ranks of several rows of one mesh have the same sub-mesh."""
+    meshes = "; ".join(dict.fromkeys(view.meshes))
+    return f" ({escape(meshes)})" if meshes else ""
 
 
 def _on_line(report: RunReport) -> list[CommitEntry]:
@@ -274,18 +281,53 @@ def _retention(report: RunReport) -> str:
             record.created,
             _bytes(record.num_bytes),
             "" if loss is None else f"{loss:.4g}",
-            "keep" if one.is_kept else "delete",
         )
-        shown = "".join(f"<td>{escape(cell)}</td>" for cell in cells)
-        kind = "" if one.is_kept else ' class="goes"'
-        rows.append(f'<tr{kind}>{shown}<td class="text">{escape(one.reason)}</td></tr>')
-    heads = ("step", "gen", "time", "size", "loss", "action")
-    head = "".join(f"<th>{name}</th>" for name in heads) + '<th class="text">because</th>'
+        text = f"{'keep' if one.is_kept else 'delete'}: {one.reason}" if one.reason else "delete"
+        rows.append(_row(cells, text, "" if one.is_kept else ' class="goes"'))
+    heads = ("step", "gen", "time", "size", "loss")
     return (
         f"<p>{escape(report.policy)}: {len(goes)} of {len(report.decisions)} checkpoint(s), "
-        f"{_bytes(sum(goes))}, would be deleted.</p>"
-        f'<div class="scroll"><table><tr>{head}</tr>{"".join(rows)}</table></div>'
+        f"{_bytes(sum(goes))}, would be deleted.</p>{_table(heads, 'action, because', rows)}"
     )
+
+
+def _lost(report: RunReport) -> str:
+    """Attempts without a commit, and records that do not count."""
+    rows = []
+    for one in report.lost[-200:]:
+        size = _bytes(one.num_bytes) if one.num_files else ""
+        cells = (
+            "" if one.step is None else str(one.step),
+            one.attempt,
+            one.written,
+            str(one.num_files),
+            size,
+        )
+        rows.append(_row(cells, one.why))
+    refused = "".join(
+        f"<li>record {seq}: {escape(why)}</li>" for seq, why in report.history.ignored.items()
+    )
+    body = _table(("step", "attempt", "last written", "files", "size"), "why", rows) if rows else ""
+    if refused:
+        body += f"<p>Records of the log that do not count:</p><ul>{refused}</ul>"
+    num_bytes = sum(one.num_bytes for one in report.lost)
+    begun = "No attempt is without its commit."
+    if report.lost:
+        begun = (
+            f"{len(report.lost)} attempt(s) without a commit, of which {_bytes(num_bytes)} lie on "
+            "storage. No load sees them; gc removes them."
+        )
+    return f"<p>{begun} {_UNRECORDED}</p>{body}"
+
+
+def _row(cells: Sequence[str], text: str, kind: str = "") -> str:
+    shown = "".join(f"<td>{escape(cell)}</td>" for cell in cells)
+    return f'<tr{kind}>{shown}<td class="text">{escape(text)}</td></tr>'
+
+
+def _table(heads: Sequence[str], text: str, rows: Sequence[str]) -> str:
+    head = "".join(f"<th>{name}</th>" for name in heads) + f'<th class="text">{text}</th>'
+    return f'<div class="scroll"><table><tr>{head}</tr>{"".join(rows)}</table></div>'
 
 
 def _seconds(seconds: float) -> str:

@@ -45,7 +45,7 @@ th.text, td.text, .heat .note { text-align: left; }
   border: 1px solid var(--card); border-radius: 3px; font-size: 11.5px; }
 .heat td.wide { min-width: 64px; padding: 0 6px; }
 .heat td.worst { outline: 2px solid var(--blocked); outline-offset: -2px; }
-.heat td.name { max-width: 330px; overflow: hidden; text-overflow: ellipsis; }
+.heat td.name { max-width: 360px; overflow: hidden; text-overflow: ellipsis; }
 @media (max-width: 560px) { main { padding: 18px 10px 32px; } section { padding: 12px; }
   .heat td.name { max-width: 150px; } }
 .goes td { color: var(--warn); }

@@ -288,11 +288,11 @@ class _Probe:
 
     def _measure(self, needs: Sequence[Need]) -> Check | str:
         size = sum(need.checkpoint_bytes for need in needs)
-        asked = f"; a checkpoint takes about {_mebibytes(size)}" if size else ""
+        asked = f"; a checkpoint takes about {_size_text(size)}" if size else ""
         if not isinstance(self._store, Finite):
             return f"the store tells no limit{asked}"
         free = self._store.free_bytes()
-        found = f"{_mebibytes(free)} free{asked}"
+        found = f"{_size_text(free)} free{asked}"
         wanted = needs[0].num_kept + 1  # the oldest is retired after the newest is committed
         if size >= free:
             return Check("space", Verdict.FAIL, found, _SPACE)
@@ -335,8 +335,10 @@ def _compare_versions(found: Sequence[Mapping[str, str]]) -> Check:
     return Check("versions", Verdict.WARN, message, "Give every rank the same environment.")
 
 
-def _mebibytes(num_bytes: int) -> str:
-    return f"{num_bytes / 2**20:,.1f} MiB"
+def _size_text(num_bytes: int) -> str:
+    if num_bytes < 2**30:
+        return f"{num_bytes / 2**20:.1f} MiB"
+    return f"{num_bytes / 2**30:,.1f} GiB"
 
 
 _REACH = "Check the URL, the endpoint, the credentials, and the right to list."

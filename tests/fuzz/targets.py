@@ -32,6 +32,7 @@ from dcp_resume.manifest.history import RunHistory
 from dcp_resume.manifest.models import Catalog, Manifest
 from dcp_resume.manifest.seals import find_seal, seal
 from dcp_resume.manifest.wire import decode_catalog, decode_manifest, decode_record, encode
+from tests.fuzz.foreign import FOREIGN
 from tests.support.damage import NEWER, OLDER
 
 __all__ = [
@@ -195,4 +196,5 @@ TARGETS: dict[str, Target] = {
     "data-header": Target(_read_header, lambda: documents().headers),
     "leaves": Target(_read_leaves, lambda: documents().leaves),
     "raw": Target(_raw, lambda: (*documents().records, documents().manifest)),
+    **{name: Target(feed, seeds) for name, (feed, seeds) in FOREIGN.items()},
 }

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import pickle
+import re
 
 import pytest
 import torch
@@ -13,7 +14,7 @@ import torch.distributed.checkpoint as dcp
 from dcp_resume import open_store
 from dcp_resume.errors import ConfigurationError, CorruptData, ForeignDamage, ForeignFormat, Unheld
 from dcp_resume.interop import Format, Leftovers, torch_objects
-from dcp_resume.interop.inert_pickle import load_inert
+from dcp_resume.interop.inert_pickle import Called, Named, Persistent, load_inert
 from tests.interop.peers import give_out, load_run, save_run, take_in, tensors
 
 
@@ -111,6 +112,25 @@ def test_malformed_pickles_are_value_errors(data):
         load_inert(data)
 
 
+FLOATS = Persistent(("storage", Named("torch", "FloatStorage"), "0", "cpu", 1))
+
+
+@pytest.mark.parametrize(
+    ("name", "args"),
+    [
+        ("torch._utils._rebuild_tensor_v2", (FLOATS,)),
+        ("torch._utils._rebuild_tensor_v2", (FLOATS, 0, (1,))),
+        ("torch._utils._rebuild_tensor_v2", (0, 0, (1,), (1,))),
+        ("torch.Size", ({},)),
+        ("builtins.set", ([[]],)),
+        ("builtins.complex", (1.0, 2.0, 3.0)),
+    ],
+)
+def test_objects_of_torch_with_wrong_arguments_are_value_errors(name, args):
+    with pytest.raises(ValueError, match=r"."):
+        torch_objects.plain(Called(Named(*name.rsplit(".", 1)), args))
+
+
 def test_a_small_pickle_of_a_billion_nodes_is_refused(monkeypatch):
     monkeypatch.setattr(torch_objects, "MAX_NODES", 10_000)
     nested = b"\x80\x02]q\x00" + b"".join(
@@ -173,3 +193,42 @@ def test_on_an_object_store_an_export_appears_with_its_last_file(tmp_path):
     take_in(url, tmp_path / "back")
     with pytest.raises(ConfigurationError, match="replaces nothing"):
         give_out(tmp_path / "run", url, Format.DCP, parts=("model",))
+
+
+@pytest.mark.parametrize(
+    ("weight_map", "said"),
+    [
+        ({"a": "one.bin"}, "b: it lies in one.bin, the index leaves it out"),
+        ({"a": "one.bin", "b": "one.bin", "c": "one.bin"}, "c: the index says 'one.bin'"),
+        ({"a": "one.bin", "b": "two.bin"}, "two.bin: the index names it"),
+        ({"a": "one.bin", "b": "../one.bin"}, "more than files of this directory"),
+        ({"a": "one.bin", "b": ["one.bin"]}, "malformed"),
+        (["a"], "malformed"),
+    ],
+)
+def test_an_index_of_shards_that_lies_is_refused(tmp_path, weight_map, said):
+    place = tmp_path / "hf"
+    place.mkdir()
+    torch.save({"a": torch.ones(2), "b": torch.ones(3)}, place / "one.bin")
+    (place / "pytorch_model.bin.index.json").write_text(json.dumps({"weight_map": weight_map}))
+    with pytest.raises(ForeignDamage, match=re.escape(said)):
+        take_in(place, tmp_path / "run")
+
+
+def test_shards_are_refused_where_they_overlap_are_old_or_would_run(tmp_path):
+    place = tmp_path / "hf"
+    place.mkdir()
+    (place / "pytorch_model.bin.index.json").write_text(
+        '{"weight_map": {"a": "1.bin", "b": "2.bin"}}'
+    )
+    torch.save({"a": torch.ones(2)}, place / "1.bin")
+    torch.save({"a": torch.ones(2), "b": torch.ones(3)}, place / "2.bin")
+    with pytest.raises(ForeignDamage, match=r"a: it lies in 1\.bin and in 2\.bin"):
+        take_in(place, tmp_path / "run")
+    torch.save({"b": torch.ones(3)}, place / "2.bin", _use_new_zipfile_serialization=False)
+    with pytest.raises(ForeignFormat, match=r"before 1\.6"):
+        take_in(place, tmp_path / "run")
+    torch.save({"b": torch.ones(3), "x": Bomb(tmp_path / "ran")}, place / "2.bin")
+    with pytest.raises(Unheld, match="mkdir"):
+        take_in(place, tmp_path / "run")
+    assert not (tmp_path / "ran").exists()

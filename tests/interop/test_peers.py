@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import struct
 
 import pytest
 import safetensors.torch
@@ -16,8 +15,11 @@ from dcp_resume.interop import Format, Leftovers
 from tests.interop.peers import (
     STEP,
     assert_equal,
+    ckpt_file,
     give_out,
+    llmc_file,
     load_run,
+    optimizer_state,
     save_run,
     take_in,
     tensors,
@@ -32,12 +34,6 @@ def run(tmp_path):
 
 def blank(state):
     return {name: torch.zeros_like(t.float()).to(t.dtype) for name, t in state.items()}
-
-
-def optimizer_state():
-    moments = {"exp_avg": torch.randn(3), "step": torch.tensor(4.0)}
-    groups = [{"lr": 0.1, "betas": (0.9, 0.95), "names": ["a"], "fused": None}]
-    return {"state": {0: moments, 1: {"exp_avg": torch.randn(2, 2)}}, "param_groups": groups}
 
 
 # torch.save
@@ -63,6 +59,32 @@ def test_us_to_torch_load(run, tmp_path, is_mapped):
     found = torch.load(tmp_path / "it.pth", weights_only=True, mmap=is_mapped)
     assert_equal(found, tensors())
     assert found["tied"].data_ptr() == found["h.0.weight"].data_ptr()
+
+
+def save_shards(place, state, shards):
+    """Files of torch.save, and their index, as transformers writes them."""
+    place.mkdir()
+    weight_map = {}
+    for number, names in enumerate(shards, 1):
+        file = f"pytorch_model-{number:05d}-of-{len(shards):05d}.bin"
+        torch.save({name: state[name] for name in names}, place / file)
+        weight_map |= dict.fromkeys(names, file)
+    index = {"metadata": {"total_size": 1}, "weight_map": weight_map}
+    (place / "pytorch_model.bin.index.json").write_text(json.dumps(index))
+    torch.save({"args": print}, place / "training_args.bin")
+
+
+def test_hugging_face_bin_files_to_us(tmp_path):
+    state = tensors()
+    names = list(state)
+    save_shards(tmp_path / "hf", state, [names[:4], names[4:]])
+    result = take_in(tmp_path / "hf", tmp_path / "run")
+    assert (result.format, result.ties) == (Format.TORCH, ("tied",))
+    assert_equal(load_run(tmp_path / "run", {"model": state})["model"], state)
+    (tmp_path / "one").mkdir()
+    torch.save(state, tmp_path / "one" / "pytorch_model.bin")
+    assert take_in(tmp_path / "one", tmp_path / "again").ties == ("tied",)
+    assert_equal(load_run(tmp_path / "again", {"model": state})["model"], state)
 
 
 # safetensors
@@ -159,41 +181,6 @@ def test_megatron_to_us_and_back(tmp_path):
 
 # llm.c: its file by its own description, written by hand.
 
-WIDTH, LAYERS, VOCAB, BLOCK = 8, 2, 130, 4
-
-
-def llmc_file(dtype, version) -> tuple[bytes, dict[str, torch.Tensor]]:
-    names = {
-        "transformer.wte.weight": (VOCAB, WIDTH),
-        "transformer.wpe.weight": (BLOCK, WIDTH),
-    }
-    kinds = {
-        "ln_1.weight": (WIDTH,),
-        "ln_1.bias": (WIDTH,),
-        "attn.c_attn.weight": (3 * WIDTH, WIDTH),
-        "attn.c_attn.bias": (3 * WIDTH,),
-        "attn.c_proj.weight": (WIDTH, WIDTH),
-        "attn.c_proj.bias": (WIDTH,),
-        "ln_2.weight": (WIDTH,),
-        "ln_2.bias": (WIDTH,),
-        "mlp.c_fc.weight": (4 * WIDTH, WIDTH),
-        "mlp.c_fc.bias": (4 * WIDTH,),
-        "mlp.c_proj.weight": (WIDTH, 4 * WIDTH),
-        "mlp.c_proj.bias": (WIDTH,),
-    }
-    for kind, shape in kinds.items():
-        names.update((f"transformer.h.{layer}.{kind}", shape) for layer in range(LAYERS))
-    names |= {"transformer.ln_f.weight": (WIDTH,), "transformer.ln_f.bias": (WIDTH,)}
-    state = {name: torch.randn(shape).to(dtype) for name, shape in names.items()}
-    numbers = [20240326, version, BLOCK, VOCAB, LAYERS, 2, WIDTH, 256] + [0] * 248
-    data = struct.pack("<256i", *numbers)
-    for name, tensor in state.items():
-        data += tensor.view(torch.uint8).numpy().tobytes()
-        if name == "transformer.wte.weight":
-            data += bytes((256 - VOCAB) * WIDTH * tensor.itemsize)
-    state["lm_head.weight"] = state["transformer.wte.weight"]
-    return data, state
-
 
 @pytest.mark.parametrize(("dtype", "version"), [(torch.float32, 3), (torch.bfloat16, 5)])
 def test_llmc_to_us_and_back_gives_the_same_bytes(tmp_path, dtype, version):
@@ -207,18 +194,6 @@ def test_llmc_to_us_and_back_gives_the_same_bytes(tmp_path, dtype, version):
 
 
 # InfiniTrain: its files by their description, written by hand.
-
-CODES = {torch.float32: 11, torch.bfloat16: 9, torch.int64: 8}
-
-
-def ckpt_file(state) -> bytes:
-    data = struct.pack("<III", 0x54504B43, 1, len(state))
-    for name, tensor in state.items():
-        content = tensor.contiguous().flatten().view(torch.uint8).numpy().tobytes()
-        data += struct.pack("<I", len(name)) + name.encode()
-        data += struct.pack("<bI", CODES[tensor.dtype], tensor.ndim)
-        data += struct.pack(f"<{tensor.ndim}qQ", *tensor.shape, len(content)) + content
-    return data
 
 
 def test_infinitrain_to_us_and_back_gives_the_same_bytes(tmp_path):

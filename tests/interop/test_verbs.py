@@ -46,3 +46,13 @@ def test_all_of_it_in_a_bucket(bucket, s3_server, tmp_path, capsys):
     assert main(["import", target, str(tmp_path / "back"), *options]) == 0
     capsys.readouterr()
     assert main(["diff", run, str(tmp_path / "back"), *options]) == 0
+    theirs = [option.replace("--storage", "--target-storage") for option in options]
+    out = str(tmp_path / "out.pth")
+    assert main(["import", str(tmp_path / "it.pth"), f"{run}-2", *theirs]) == 0
+    assert main(["diff", str(tmp_path / "back"), f"{run}-2", *theirs]) == 0
+    assert main(["export", str(tmp_path / "back"), f"{target}-2", "--format=dcp", *theirs]) == 0
+    wrong = [option.replace("testtest", "wrong") for option in theirs]
+    assert main(["export", run, f"{target}-3", "--format=dcp", *options, *wrong]) != 0
+    assert main(["export", f"{run}-2", out, "--format=torch", *options]) == 0
+    assert main(["materialize", run, *options, *theirs]) == 2
+    assert "--into" in capsys.readouterr().err

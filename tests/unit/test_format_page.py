@@ -15,6 +15,7 @@ from dcp_resume.format.leaf_tags import DECODERS
 from dcp_resume.manifest import models, records
 
 PAGE = Path(__file__).parents[2] / "docs/reference/format.md"
+EXAMPLE = PAGE.with_name("format-example.md")
 BLOCK_SIZE = 2**16
 
 
@@ -47,7 +48,7 @@ def worked_example():
 
 
 def test_the_worked_example_is_what_the_code_writes():
-    page = PAGE.read_text()
+    page = EXAMPLE.read_text()
     file, index, bounds, digest = worked_example()
     assert hex_dump(file) in page
     assert hex_dump(index) in page

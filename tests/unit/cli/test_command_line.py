@@ -112,7 +112,7 @@ def test_inspect(run, call):
     assert "samples      64, tokens 0" in out
     assert "best loss    5 at step 20" in out
     tree = [line.split() for line in out.partition("placements")[2].splitlines()]
-    assert ["model", "2", "tensor(s)", "144", "B"] in tree
+    assert ["model", "2", "tensors", "144", "B"] in tree
     assert ["weight", "float32", "replicated", "4,", "8", "-", "128", "B"] in tree
 
 
@@ -120,8 +120,8 @@ def test_inspect_sums_up_what_lies_deeper_than_asked(run, call):
     out = call("inspect", run, "--depth", 1)[1]
     tree = [line.split() for line in out.partition("placements")[2].splitlines()[1:]]
     assert tree == [
-        ["model", "2", "tensor(s)", "144", "B"],
-        ["optim", "6", "tensor(s)", "296", "B"],
+        ["model", "2", "tensors", "144", "B"],
+        ["optim", "6", "tensors", "296", "B"],
     ]
     assert call("inspect", run, "--depth", 0)[0] == 2
 
@@ -282,7 +282,7 @@ def test_as_a_module(run):
 
 def test_a_terminal_without_rich_gets_plain_text(run, call, monkeypatch):
     plain = call("ls", run)[1]
-    monkeypatch.setattr(printing, "_is_terminal", lambda: True)
+    monkeypatch.setattr(printing, "_is_terminal", lambda stream: True)
     with_rich = call("ls", run)[1]
     assert with_rich.split() == plain.split()
     monkeypatch.setitem(sys.modules, "rich.console", None)

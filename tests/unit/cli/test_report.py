@@ -12,10 +12,13 @@ from dcp_resume.manager.checkpoint_manager import CheckpointManager
 from dcp_resume.manager.policies import KeepLast
 from dcp_resume.manager.settings import SaveMode, Settings
 from dcp_resume.manifest.models import RankTimes
-from dcp_resume.run_report.charts import ticks
+from dcp_resume.manifest.records import DropRecord
+from dcp_resume.run_report.charts import heat_table, ticks
 from dcp_resume.run_report.gathering import gather, phases_of
+from dcp_resume.run_report.lost_saves import find_lost_saves
 from dcp_resume.run_report.page import html_page
 from dcp_resume.run_report.picture import find_browser, write_png
+from dcp_resume.session.marks import drop
 from dcp_resume.session.run_log import RunLog
 from dcp_resume.storage import open_store
 from tests.support.built_run import BuiltRun
@@ -71,6 +74,54 @@ def test_restarts_and_retired_checkpoints_are_on_the_page(run):
     states = [built.state_of(entry.seq) for entry in built.commits]
     assert states == ["current", "current", "rolled back", "current", "current"]
     store.close()
+
+
+def test_saves_that_came_to_nothing_are_told_apart(tmp_path):
+    built = BuiltRun(open_store(str(tmp_path)))
+    built.save(10, 20)
+    failed, dropped, gone, running = (built.attempt(step) for step in (12, 14, 16, 30))
+    drop(built.log, [dropped, gone])
+    built.store.delete([info.key for info in built.store.list("step-00000016/")])
+    lost = find_lost_saves(built.store, RunLog(built.store))
+    assert [(one.step, one.attempt, one.num_files, one.why) for one in lost] == [
+        (12, failed, 1, "no commit"),
+        (14, dropped, 1, "given up in log record 4"),
+        (30, running, 1, "no commit, or under way"),
+        (None, gone, 0, "given up in log record 4, and deleted"),
+    ]
+    page = html_page(report_of(tmp_path, lost=lost))
+    assert "4 attempt(s) without a commit, of which 12 B lie on storage" in page
+    assert "No attempt is without its commit" in html_page(report_of(tmp_path))
+
+
+def test_a_record_that_does_not_count_is_on_the_page_with_the_reason(tmp_path):
+    built = BuiltRun(open_store(str(tmp_path)))
+    built.save(10)
+    late = DropRecord(
+        run=built.log.run, created=built.log.timestamp(), attempts=(built.find(10).record.attempt,)
+    )
+    refused = dataclasses.replace(
+        report_of(tmp_path), history=built.log.history.apply(built.log.history.last_seq + 1, late)
+    )
+    assert "record 3: drop of a1, committed before it" in html_page(refused)
+
+
+def test_a_mesh_that_several_ranks_have_is_named_once(run):
+    report = report_of(run)
+    view = dataclasses.replace(report.checkpoint, meshes=("tp=2", "dp=2", "tp=2"))
+    page = html_page(dataclasses.replace(report, checkpoint=view))
+    assert "World size 1 (tp=2; dp=2). Darker" in page
+
+
+def test_long_names_lose_their_middle_and_keep_their_ends():
+    names = [
+        f"optim.state.transformer.h.0.mlp.c_fc.weight.{end}" for end in ("exp_avg", "exp_avg_sq")
+    ]
+    table = heat_table(["rank 0"], [(name, "", [1.0], ["100 %"], None) for name in names], "")
+    shown = re.findall(r'class="name" title="(.*?)">(.*?)<', table)
+    assert [whole for whole, _ in shown] == names
+    assert all(short.endswith(name[-20:]) for (_, short), name in zip(shown, names, strict=True))
+    assert shown[0][1] != shown[1][1]
 
 
 def test_a_damaged_checkpoint_or_none_leaves_the_rest_of_the_page(tmp_path):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import io
+import sys
 import uuid
 
 import pytest
@@ -9,7 +11,7 @@ import torch
 
 from dcp_resume import CheckpointManager, SaveMode, Settings
 from dcp_resume.cli.main import main
-from dcp_resume.cli.progress import RetryNotes
+from dcp_resume.cli.progress import RetryNotes, StatusLine
 from dcp_resume.events import StorageRetried
 from tests.support.fault_proxy import Fault, FaultProxy
 
@@ -45,3 +47,17 @@ def test_notes_come_at_once_and_then_now_and_then(capsys):
 
     lines = capsys.readouterr().err.splitlines()
     assert [line.rpartition(" ")[2] for line in lines] == ["0", "5", "10"]
+
+
+def test_a_note_on_a_terminal_does_not_go_on_where_a_status_ends(monkeypatch):
+    class Terminal(io.StringIO):
+        def isatty(self):
+            return True
+
+    shown = Terminal()
+    monkeypatch.setattr(sys, "stderr", shown)
+    StatusLine().show("generation 1, newest step 40")
+    RetryNotes()(StorageRetried(key="log/", reason="it is away", delay_s=1.0, attempt=1))
+    *_, cleared, note = shown.getvalue().split("\r")
+    assert note == "\x1b[Kdcp-resume: storage is tried again, 'log/': it is away\n"
+    assert cleared.startswith("generation 1")
