@@ -13,7 +13,7 @@ from pathlib import Path
 
 from benchmarks.bucket import measure_s3
 from benchmarks.incremental import measure_incremental
-from benchmarks.installed import LIBRARIES, missing
+from benchmarks.libraries import LIBRARIES, missing
 from benchmarks.loads import measure_loads
 from benchmarks.options import Options, default_directory
 from benchmarks.payload import SIZES

@@ -30,16 +30,18 @@ def measure_s3(options: Options) -> Iterator[Findings]:
     with S3Server() as server:
         server.make_bucket(BUCKET)
         samples = race(server, payload, options.repetitions)
-        yield Findings("s3", OBJECT, 1, payload, samples, _beside_the_best(samples))
+        label = options.label(OBJECT)
+        yield Findings("s3", label, 1, payload, samples, _beside_the_best(label, samples))
         samples = []
         for library in options.among(BUCKET_CONTENDERS):
             with options.scratch("s3") as directory:
                 given = (library, size.name, options.repetitions, str(directory), server.endpoint)
                 samples += trials.on_ranks(_save_and_load, 1, *given)
-        yield Findings("s3", CHECKPOINT, 1, payload, samples, failures=trials.failures)
+        label = options.label(CHECKPOINT)
+        yield Findings("s3", label, 1, payload, samples, failures=trials.failures)
 
 
-def _beside_the_best(samples: Sequence[Sample]) -> list[Figure]:
+def _beside_the_best(label: str, samples: Sequence[Sample]) -> list[Figure]:
     """Our time over that of the fastest client, the presigned requests among them."""
     figures: list[Figure] = []
     for operation in ("up", "down"):
@@ -49,7 +51,7 @@ def _beside_the_best(samples: Sequence[Sample]) -> list[Figure]:
             own = [s.cost.seconds for s in warm if s.library == library]
             times[library] = statistics.median(own)
         ours = times.pop("dcp_resume")
-        figures.append(Figure(OBJECT, operation, "dcp_resume", BEST, ours / min(times.values())))
+        figures.append(Figure(label, operation, "dcp_resume", BEST, ours / min(times.values())))
     return figures
 
 

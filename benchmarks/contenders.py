@@ -21,7 +21,17 @@ from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
 from benchmarks.payload import State, memory_of
 from dcp_resume import CheckpointManager, SaveMode, Settings
 
-__all__ = ["CONTENDERS", "Contender", "StockDcp", "flat"]
+__all__ = [
+    "Contender",
+    "HuggingFaceDcp",
+    "Ours",
+    "Safetensors",
+    "StockDcp",
+    "TorchSave",
+    "TunedDcp",
+    "flat",
+    "local",
+]
 
 
 class Contender(Protocol):
@@ -94,13 +104,14 @@ class StockDcp:
 
     def save_async(self, state: State, path: Path) -> Callable[[], object]:
         """Save in a thread."""
-        response: Any = dcp.async_save(
+        response = dcp.async_save(
             state,
             storage_writer=self._writer(path),
             planner=self._planner(),
             async_stager=self._stager(),
         )
-        return response.result
+        wait: Callable[[], object] = response.result
+        return wait
 
     def load(self, state: State, path: Path) -> None:
         """Load in place."""
@@ -189,7 +200,7 @@ class _FilePerRank:
     def save(self, state: State, path: Path) -> None:
         """Write and fsync this rank's file."""
         path.mkdir(parents=True, exist_ok=True)
-        self._write(_local(state), self._file(path))
+        self._write(local(state), self._file(path))
         with self._file(path).open("rb") as file:
             os.fsync(file.fileno())
         dist.barrier()
@@ -201,7 +212,7 @@ class _FilePerRank:
     def load(self, state: State, path: Path) -> None:
         """Read, then copy into the state."""
         read = self._read(self._file(path))
-        for name, tensor in _local(state).items():
+        for name, tensor in local(state).items():
             tensor.copy_(read[name])
 
     def close(self) -> None:
@@ -251,15 +262,6 @@ def flat(state: State) -> dict[str, Any]:
     return found
 
 
-def _local(state: State) -> dict[str, torch.Tensor]:
+def local(state: State) -> dict[str, torch.Tensor]:
+    """This rank's memory by the same names."""
     return dict(zip(flat(state), memory_of(state), strict=True))
-
-
-CONTENDERS: dict[str, type[Contender]] = {
-    "dcp_resume": Ours,
-    "dcp": StockDcp,
-    "dcp tuned": TunedDcp,
-    "dcp HuggingFace": HuggingFaceDcp,
-    "torch.save": TorchSave,
-    "safetensors": Safetensors,
-}

@@ -29,13 +29,14 @@ def measure_incremental(options: Options) -> Iterator[Findings]:
     """Save, change the adapters and their moments, save again."""
     size = options.size("one-rank")
     figures: list[Figure] = []
+    label = options.label("LoRA")
     num_bytes = 0
     for library in options.among(_SAVES):
         with options.scratch("incremental") as directory:
             given = (size.name, str(directory))
             written, changed, num_bytes = on_ranks(_SAVES[library], _RANKS, *given)
-        figures.append(Figure("LoRA", SECOND_SAVE, library, WRITTEN, written / changed))
-    yield Findings("incremental", "LoRA", _RANKS, num_bytes, others=figures)
+        figures.append(Figure(label, SECOND_SAVE, library, WRITTEN, written / changed))
+    yield Findings("incremental", label, _RANKS, num_bytes, others=figures)
 
 
 def _save_ours(size: str, directory: str) -> tuple[int, int, int]:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch.distributed as dist
 
-from benchmarks.contenders import CONTENDERS
+from benchmarks.libraries import CONTENDERS
 from benchmarks.options import Options, Trials
 from benchmarks.payload import SIZES, num_bytes
 from benchmarks.race import Race

@@ -42,6 +42,10 @@ class Options:
         """The payload of a subject that has one of its own."""
         return SIZES["tiny" if self.is_tiny else name]
 
+    def label(self, name: str) -> str:
+        """What the figures of such a subject are filed under; goals know nothing of tiny ones."""
+        return f"{name}, tiny" if self.is_tiny else name
+
     def among(self, known: Iterable[str]) -> list[str]:
         """The chosen libraries that a subject knows."""
         return [name for name in known if name in self.libraries]

@@ -10,8 +10,8 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
-from benchmarks.contenders import CONTENDERS
 from benchmarks.cost import measure
+from benchmarks.libraries import CONTENDERS
 from benchmarks.names import FETCHED, LOADING, ON_COLUMNS, ON_ROWS, SAVING
 from benchmarks.options import Options, on_ranks
 from benchmarks.samples import Figure, Findings

@@ -4,17 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
-import torch
-from torch import nn
-
-from benchmarks.contenders import CONTENDERS, Contender
+from benchmarks.contenders import Contender
 from benchmarks.cost import Meter, over_ranks
+from benchmarks.libraries import CONTENDERS
 from benchmarks.options import Options, Trials
-from benchmarks.payload import SIZES, State, num_bytes
+from benchmarks.payload import SIZES, num_bytes
 from benchmarks.race import Race
 from benchmarks.samples import Findings, Sample
+from benchmarks.trainer import as_trainer
 from benchmarks.training import Work
 from dcp_resume import CheckpointManager, SaveMode, Settings
 
@@ -76,7 +74,7 @@ def _save_async(
 
 def _save_lazily(library: str, size: str, repetitions: int, directory: str) -> list[Sample]:
     race, work = Race(SIZES[size], Path(directory)), Work()
-    state, target = _trainer(race.state), _trainer(race.target)
+    state, target = as_trainer(race.state), as_trainer(race.target)
     samples: list[Sample] = []
     with CheckpointManager(race.path / "lazy", Settings(mode=SaveMode.LAZY)) as checkpoints:
         for repetition in range(repetitions + 1):
@@ -94,22 +92,3 @@ def _save_lazily(library: str, size: str, repetitions: int, directory: str) -> l
         race.load(lambda: checkpoints.load(target))
     race.close()
     return samples
-
-
-def _trainer(state: State) -> dict[str, Any]:
-    """The same tensors as parameters of a module and the state of its optimizer."""
-    model = nn.Module()
-    moments: dict[torch.Tensor, dict[str, torch.Tensor]] = {}
-    for fqn, tensor in state["model"].items():
-        *modules, name = fqn.split(".")
-        owner = model
-        for part in modules:
-            if part not in dict(owner.named_children()):
-                owner.add_module(part, nn.Module())
-            owner = owner.get_submodule(part)
-        parameter = nn.Parameter(tensor)
-        owner.register_parameter(name, parameter)
-        moments[parameter] = state["optim"]["state"][fqn]
-    optimizer = torch.optim.AdamW(model.parameters())
-    optimizer.state.update(moments)
-    return {"model": model, "optim": optimizer}

@@ -17,21 +17,22 @@ _FEW_RANKS, _FEW_TENSORS = (8, 64), 20
 
 def measure_planning(options: Options) -> Iterator[Findings]:
     """First saves, and saves of the same structure again."""
+    label = options.label("planning")
     ranks, tensors = (_FEW_RANKS, _FEW_TENSORS) if options.is_tiny else (_RANKS, _TENSORS)
     figures = [
         figure
         for number in ranks
         for save in plan_saves(number, tensors)
-        for figure in _figures(save)
+        for figure in _figures(save, label)
     ]
-    yield Findings("planning", "planning", ranks[-1], 0, others=figures)
+    yield Findings("planning", label, ranks[-1], 0, others=figures)
 
 
-def _figures(save: Planned) -> Iterator[Figure]:
+def _figures(save: Planned, label: str) -> Iterator[Figure]:
     operation = planned(save.ranks, save.tensors, save.save)
     for measure, value in (
         (A_PAIR, save.microseconds_a_pair),
         (PLANNING_CPU, sum(save.seconds.values())),
         (INDEX, (save.index_bytes - save.digest_bytes) / 1e6),
     ):
-        yield Figure("planning", operation, "dcp_resume", measure, value)
+        yield Figure(label, operation, "dcp_resume", measure, value)

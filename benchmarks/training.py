@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from benchmarks.contenders import CONTENDERS
+from benchmarks.libraries import CONTENDERS
 from benchmarks.names import CORES, SPEED, training_on
 from benchmarks.options import Options, Trials
 from benchmarks.payload import SIZES, num_bytes
@@ -20,7 +20,7 @@ from benchmarks.samples import Figure, Findings
 
 __all__ = ["Work", "measure_training"]
 
-_QUIET_S = 2.0
+_QUIET_S, _TINY_QUIET_S = 2.0, 0.1
 """As long are steps counted without a save, before each save."""
 
 
@@ -53,22 +53,24 @@ def measure_training(options: Options) -> Iterator[Findings]:
     """Each library that saves in the background, with a core to spare and without one."""
     size, trials = options.size("one-rank"), Trials()
     libraries = [name for name in options.among(CONTENDERS) if CONTENDERS[name].is_async]
+    quiet_s = _TINY_QUIET_S if options.is_tiny else _QUIET_S
+    label = options.label("training")
     for ranks in (1, CORES):
         figures: list[Figure] = []
         for library in libraries:
             with options.scratch("training") as directory:
-                given = (library, size.name, options.repetitions, str(directory))
+                given = (library, size.name, options.repetitions, str(directory), quiet_s)
                 speeds = trials.on_ranks(_speeds, ranks, *given)
             if speeds:
                 where = training_on(ranks)
-                figures.append(Figure("training", where, library, SPEED, min(speeds)))
+                figures.append(Figure(label, where, library, SPEED, min(speeds)))
         payload = num_bytes(size)
-        yield Findings(
-            "training", "training", ranks, payload, others=figures, failures=trials.failures
-        )
+        yield Findings("training", label, ranks, payload, others=figures, failures=trials.failures)
 
 
-def _speeds(library: str, size: str, repetitions: int, directory: str) -> list[float]:
+def _speeds(
+    library: str, size: str, repetitions: int, directory: str, quiet_s: float
+) -> list[float]:
     """Steps a second beside saves over those without, by rank."""
     os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:CORES])
     race, contender, work = Race(SIZES[size], Path(directory)), CONTENDERS[library](), Work()
@@ -78,7 +80,7 @@ def _speeds(library: str, size: str, repetitions: int, directory: str) -> list[f
             race.forget()
             if repetition == 1:  # the cold save is not counted
                 quiet, busy = _Pace(), _Pace()
-            quiet.count(lambda: work.last(_QUIET_S))
+            quiet.count(lambda: work.last(quiet_s))
             saved = waiter.submit(contender.save_async(race.state, race.path))
             busy.count(lambda: work.steps_until(saved.done))  # noqa: B023 - called at once
             saved.result()
