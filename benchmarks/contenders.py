@@ -104,7 +104,7 @@ class StockDcp:
 
     def save_async(self, state: State, path: Path) -> Callable[[], object]:
         """Save in a thread."""
-        response = dcp.async_save(
+        response: Any = dcp.async_save(
             state,
             storage_writer=self._writer(path),
             planner=self._planner(),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import closing
 from pathlib import Path
 
 import torch.distributed as dist
@@ -35,9 +36,8 @@ def measure_loads(options: Options) -> Iterator[Findings]:
 
 def _save_and_load(library: str, size: str, repetitions: int, directory: str) -> list[Sample]:
     race = Race(SIZES[size], Path(directory))
-    contender = CONTENDERS[library]()
-    contender.save(race.state, race.path)
-    contender.close()
+    with closing(CONTENDERS[library]()) as contender:
+        contender.save(race.state, race.path)
     dist.barrier()
     return _loads(race, "load", library, repetitions)
 
@@ -49,12 +49,11 @@ def _load(
 
 
 def _loads(race: Race, operation: str, library: str, repetitions: int) -> list[Sample]:
-    contender = CONTENDERS[library]()
     samples: list[Sample] = []
-    for repetition in range(repetitions + 1):
-        limit = race.read_limit()
-        cost = race.load(lambda: contender.load(race.target, race.path))
-        samples.append(Sample(library, operation, repetition, cost, limit))
-    contender.close()
+    with closing(CONTENDERS[library]()) as contender:
+        for repetition in range(repetitions + 1):
+            limit = race.read_limit()
+            cost = race.load(lambda: contender.load(race.target, race.path))
+            samples.append(Sample(library, operation, repetition, cost, limit))
     race.close()
     return samples

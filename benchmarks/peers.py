@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import multiprocessing
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,19 @@ from benchmarks.payload import State
 from benchmarks.trainer import as_trainer
 
 __all__ = ["ByteCheckpoint", "MegatronCore", "TorchSnapshot"]
+
+
+class _WithProcesses:
+    """A library that starts processes of its own, which ranks of the pool may not."""
+
+    def __init__(self) -> None:
+        multiprocessing.current_process()._config["daemon"] = False  # type: ignore[attr-defined]
+
+    def close(self) -> None:
+        """End its processes: nobody else would."""
+        for child in multiprocessing.active_children():
+            child.kill()
+            child.join()
 
 
 class TorchSnapshot:
@@ -48,7 +62,7 @@ class TorchSnapshot:
         return {"state": self._module().StateDict(**local(state))}
 
 
-class ByteCheckpoint:
+class ByteCheckpoint(_WithProcesses):
     """bytecheckpoint, by its door for FSDP2; its asynchronous one waits all the same."""
 
     is_async = False
@@ -70,16 +84,13 @@ class ByteCheckpoint:
 
         bytecheckpoint.load(str(path), _model_and_optimizer(state), framework="fsdp2")
 
-    def close(self) -> None:
-        """Nothing is kept."""
-
 
 def _model_and_optimizer(state: State) -> dict[str, Any]:
     trainer = as_trainer(state)
     return {"model": trainer["model"], "optimizer": trainer["optim"]}
 
 
-class MegatronCore:
+class MegatronCore(_WithProcesses):
     """megatron-core's dist_checkpointing, in its format on torch.distributed.checkpoint."""
 
     is_async = False
@@ -105,9 +116,6 @@ class MegatronCore:
         for name, tensor in local(state).items():
             if loaded[name].data_ptr() != tensor.data_ptr():
                 tensor.copy_(loaded[name])
-
-    def close(self) -> None:
-        """Nothing is kept."""
 
 
 def _sharded(state: State) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import closing
 from pathlib import Path
 
 from benchmarks.contenders import Contender
@@ -40,19 +41,18 @@ def measure_saves(options: Options) -> Iterator[Findings]:
 
 def _save(library: str, size: str, repetitions: int, directory: str) -> list[Sample]:
     race = Race(SIZES[size], Path(directory))
-    contender = CONTENDERS[library]()
     samples: list[Sample] = []
-    for repetition in range(repetitions + 1):
-        if contender.is_async:
+    with closing(CONTENDERS[library]()) as contender:
+        for repetition in range(repetitions + 1):
+            if contender.is_async:
+                race.forget()
+                samples += _save_async(race, library, contender, repetition)
             race.forget()
-            samples += _save_async(race, library, contender, repetition)
-        race.forget()
-        limit = race.write_limit()
-        meter = Meter()
-        contender.save(race.state, race.path)
-        cost = over_ranks(meter.read())
-        samples.append(Sample(library, "save", repetition, cost, limit))
-    contender.close()
+            limit = race.write_limit()
+            meter = Meter()
+            contender.save(race.state, race.path)
+            cost = over_ranks(meter.read())
+            samples.append(Sample(library, "save", repetition, cost, limit))
     race.close()
     return samples
 
