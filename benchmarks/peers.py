@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import torch
 import torch.distributed as dist
 from torch.distributed.tensor import DTensor, Replicate, Shard
 
@@ -95,6 +96,14 @@ class MegatronCore(_WithProcesses):
 
     is_async = False
     reshards = True
+
+    def __init__(self) -> None:
+        super().__init__()
+        if (
+            not torch.cuda.is_available()
+        ):  # it asks for a device before it asks whether there is one
+            torch.cuda.synchronize = lambda device=None: None
+            torch.cuda.current_device = lambda: torch.device("cpu")  # type: ignore[assignment,return-value]
 
     def save(self, state: State, path: Path) -> None:
         """Save sharded tensors."""
