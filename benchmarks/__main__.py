@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import argparse
 import shutil
+import signal
+import sys
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -62,6 +64,7 @@ def main() -> None:
             print(f"skipped: {library} ({module} is not installed)")
         else:
             libraries.append(library)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # files in memory must not outlive it
     storage = arguments.directory or default_directory()
     directory = Path(tempfile.mkdtemp(prefix="benchmarks-", dir=storage))
     print(f"files in {storage}")

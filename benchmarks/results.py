@@ -41,9 +41,9 @@ def table(findings: Findings) -> str:
             "beside it; cold: the first of its kind; peak: of the largest rank",
             f"{'':16} {'':22} {headings}",
         ]
-    figures = findings.figures()
+    of_calls = [figure for figure in findings.figures() if figure not in findings.others]
     for operation, library, _ in findings.by_call():
-        row = [f for f in figures if (f.operation, f.library) == (operation, library)]
+        row = [f for f in of_calls if (f.operation, f.library) == (operation, library)]
         by_measure = {figure.measure: figure.value for figure in row}
         cells = " ".join(f"{by_measure[m]:9{form}}" for m, (_, form) in _COLUMNS.items())
         lines.append(f"{operation:16} {library:22} {cells}  {_verdicts(row)}".rstrip())
