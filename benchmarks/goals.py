@@ -94,10 +94,7 @@ GOALS = (
     Goal("byte-bound", "lazy: stall", "time", 0.25),
     Goal("byte-bound", "load", "time", 1.25),
     *(Goal(size, "save", "peak MiB", 64) for size in ("tensor-bound", "byte-bound")),
-    *(
-        Goal(size, "async: durable", "peak of a rank", 1.05)
-        for size in ("tensor-bound", "byte-bound")
-    ),
+    *(Goal(size, "async: durable", "peak", 1.05) for size in ("tensor-bound", "byte-bound")),
     *(Goal(OBJECT, way, BEST, 1.25) for way in ("up", "down")),
     *(Goal(CHECKPOINT, way, "time", 1.25) for way in ("save", "load")),
     *(Goal("planning", operation, A_PAIR, 0.5) for operation in _PLANNED),

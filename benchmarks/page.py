@@ -78,15 +78,17 @@ def _order(calls: Sequence[tuple[str, str, str]]) -> Any:
 def _other_rows(figures: Sequence[Figure]) -> Iterator[str]:
     calls = {(f.size, f.operation, f.library) for f in figures if f.measure == "time"}
     for f in figures:
-        is_shown_above = f.measure in _OF_CALLS or f.measure == "peak of a rank"
+        is_shown_above = f.measure in _OF_CALLS or f.measure == "peak"
         if not ((f.size, f.operation, f.library) in calls and is_shown_above):
             place = f"{f.size} | {f.operation} | {f.library}"
             yield f"| {place} | {f.measure} | {f.value:.2f} | {_goals([f])} |"
 
 
 def _goals(figures: Sequence[Figure]) -> str:
+    """Pages are narrow: only peaks are named beside other measures."""
     return ", ".join(
-        f"{verdict.goal.measure} {verdict.goal}: {verdict.word}" for verdict in judge(figures)
+        f"{v.goal.measure if v.goal.measure.startswith('peak') else ''} {v.goal} {v.word}".strip()
+        for v in judge(figures)
     )
 
 

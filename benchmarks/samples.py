@@ -98,7 +98,7 @@ def _measures(
     yield "written", median(lambda s: s.cost.written_bytes) / payload_bytes
     peak = max(sample.cost.rank_peak_bytes for sample in samples)
     yield "peak MiB", peak / _MIB
-    yield "peak of a rank", max(0, peak - IO_WINDOW_BYTES) / (payload_bytes / ranks)
+    yield "peak", max(0, peak - IO_WINDOW_BYTES) / (payload_bytes / ranks)
 
 
 def _cold(samples: Iterable[Sample]) -> Sample:
