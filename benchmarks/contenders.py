@@ -21,7 +21,17 @@ from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
 from benchmarks.payload import State, memory_of
 from dcp_resume import CheckpointManager, SaveMode, Settings
 
-__all__ = ["CONTENDERS", "Contender"]
+__all__ = [
+    "Contender",
+    "HuggingFaceDcp",
+    "Ours",
+    "Safetensors",
+    "StockDcp",
+    "TorchSave",
+    "TunedDcp",
+    "flat",
+    "local",
+]
 
 
 class Contender(Protocol):
@@ -52,14 +62,15 @@ class Ours:
     reshards = True
 
     def __init__(self) -> None:
-        self._managers: dict[tuple[Path, SaveMode], CheckpointManager] = {}
+        self._managers: dict[SaveMode, CheckpointManager] = {}
+        self._mode = SaveMode.BLOCKING
         self._step = 0
 
     def _manager(self, path: Path, mode: SaveMode) -> CheckpointManager:
-        key = (path, mode)
-        if key not in self._managers:
-            self._managers[key] = CheckpointManager(path / mode.value, Settings(mode=mode))
-        return self._managers[key]
+        self._mode = mode
+        if mode not in self._managers:
+            self._managers[mode] = CheckpointManager(path / mode.value, Settings(mode=mode))
+        return self._managers[mode]
 
     def save(self, state: State, path: Path) -> None:
         """Save durably."""
@@ -72,8 +83,8 @@ class Ours:
         return self._manager(path, SaveMode.BACKGROUND).save(self._step, state).result
 
     def load(self, state: State, path: Path) -> None:
-        """Load, with every block verified."""
-        self._manager(path, SaveMode.BLOCKING).load(state)
+        """Load what was saved last, with every block verified."""
+        self._manager(path, self._mode).load(state)
 
     def close(self) -> None:
         """Close every manager."""
@@ -99,7 +110,8 @@ class StockDcp:
             planner=self._planner(),
             async_stager=self._stager(),
         )
-        return response.result
+        wait: Callable[[], object] = response.result
+        return wait
 
     def load(self, state: State, path: Path) -> None:
         """Load in place."""
@@ -171,11 +183,11 @@ class HuggingFaceDcp(StockDcp):
     def save(self, state: State, path: Path) -> None:
         """Save flat names, as it wants them."""
         writer = HuggingFaceStorageWriter(str(path), save_distributed=True)
-        dcp.save(_flat(state), storage_writer=writer)
+        dcp.save(flat(state), storage_writer=writer)
 
     def load(self, state: State, path: Path) -> None:
         """Load in place."""
-        dcp.load(_flat(state), storage_reader=HuggingFaceStorageReader(str(path)))
+        dcp.load(flat(state), storage_reader=HuggingFaceStorageReader(str(path)))
 
 
 class _FilePerRank:
@@ -188,7 +200,7 @@ class _FilePerRank:
     def save(self, state: State, path: Path) -> None:
         """Write and fsync this rank's file."""
         path.mkdir(parents=True, exist_ok=True)
-        self._write(_local(state), self._file(path))
+        self._write(local(state), self._file(path))
         with self._file(path).open("rb") as file:
             os.fsync(file.fileno())
         dist.barrier()
@@ -200,7 +212,7 @@ class _FilePerRank:
     def load(self, state: State, path: Path) -> None:
         """Read, then copy into the state."""
         read = self._read(self._file(path))
-        for name, tensor in _local(state).items():
+        for name, tensor in local(state).items():
             tensor.copy_(read[name])
 
     def close(self) -> None:
@@ -242,22 +254,14 @@ class Safetensors(_FilePerRank):
         return read
 
 
-def _flat(state: State) -> dict[str, Any]:
-    flat = {f"model.{fqn}": tensor for fqn, tensor in state["model"].items()}
+def flat(state: State) -> dict[str, Any]:
+    """Its tensors by one dotted name each."""
+    found = {f"model.{fqn}": tensor for fqn, tensor in state["model"].items()}
     for fqn, moments in state["optim"]["state"].items():
-        flat.update((f"optim.{fqn}.{name}", tensor) for name, tensor in moments.items())
-    return flat
+        found.update((f"optim.{fqn}.{name}", tensor) for name, tensor in moments.items())
+    return found
 
 
-def _local(state: State) -> dict[str, torch.Tensor]:
-    return dict(zip(_flat(state), memory_of(state), strict=True))
-
-
-CONTENDERS: dict[str, Callable[[], Contender]] = {
-    "dcp_resume": Ours,
-    "dcp": StockDcp,
-    "dcp tuned": TunedDcp,
-    "dcp HuggingFace": HuggingFaceDcp,
-    "torch.save": TorchSave,
-    "safetensors": Safetensors,
-}
+def local(state: State) -> dict[str, torch.Tensor]:
+    """This rank's memory by the same names."""
+    return dict(zip(flat(state), memory_of(state), strict=True))

@@ -16,14 +16,16 @@ class RawLimits:
 
     Args:
         tensors: Contiguous, in CPU memory.
+        copies: Of the same shapes, to overwrite; their pages are in memory.
         path: Where this rank may keep one file.
     """
 
-    def __init__(self, tensors: Sequence[torch.Tensor], path: Path) -> None:
+    def __init__(
+        self, tensors: Sequence[torch.Tensor], copies: Sequence[torch.Tensor], path: Path
+    ) -> None:
         self._tensors = list(tensors)
+        self._copies = list(copies)
         self._path = path
-        self._copies = [torch.empty_like(tensor) for tensor in self._tensors]
-        self.copy()  # the first touch of the pages is not the limit
         self.write()
 
     def copy(self) -> None:
@@ -52,7 +54,7 @@ class RawLimits:
 
 
 def _bytes(tensor: torch.Tensor) -> memoryview:
-    return memoryview(tensor.contiguous().view(-1).view(torch.uint8).numpy())
+    return tensor.contiguous().view(-1).view(torch.uint8).numpy().data
 
 
 def _write_all(file: int, view: memoryview) -> None:

@@ -1,6 +1,7 @@
-"""``python -m benchmarks.page RUN.json …``: put medians into the page on performance.
+"""``python -m benchmarks.page RUN.json …``: put the figures of runs into the page on performance.
 
-The runs are those that ``python -m benchmarks --json`` wrote, one a size.
+The runs are those that ``python -m benchmarks --json`` wrote; of two with the same figure the later
+one counts.
 """
 
 from __future__ import annotations
@@ -8,63 +9,101 @@ from __future__ import annotations
 import argparse
 import json
 import re
-import statistics
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
+
+from benchmarks.goals import judge
+from benchmarks.results import figures_in
+from benchmarks.samples import Figure
 
 __all__ = ["FIGURES", "PAGE", "figures_of", "rows_of", "rows_on"]
 
 PAGE = Path(__file__).parents[1] / "docs" / "explanation" / "performance.md"
 FIGURES = PAGE.with_suffix(".json")
 _TABLE = re.compile(r"(?<=<!-- figures -->\n).*?(?=\n<!-- end of figures -->)", re.DOTALL)
-
-Figures = dict[str, dict[str, Any]]
-"""Size → the machine's facts, and ``figures``: operation → library → ratios to the raw limit."""
-
-
-def figures_of(run: Mapping[str, Any]) -> dict[str, Any]:
-    """The medians of one run, without its cold repetition."""
-    samples = [sample for sample in run["samples"] if sample["repetition"]]
-    found: dict[str, dict[str, dict[str, float]]] = {}
-    for operation, library in dict.fromkeys((s["operation"], s["library"]) for s in samples):
-        own = [s for s in samples if (s["operation"], s["library"]) == (operation, library)]
-        found.setdefault(operation, {})[library] = {
-            "time": _median(s["cost"]["seconds"] / s["limit"]["seconds"] for s in own),
-            "cpu": _median(s["cost"]["cpu_seconds"] / s["limit"]["cpu_seconds"] for s in own),
-        }
-    facts = {key: run[key] for key in ("payload_bytes", "torch", "cores", "load_average")}
-    return {**facts, "figures": found}
+_OF_CALLS = {"time": ".2f", "CPU": ".2f", "peak MiB": ".0f", "read": ".2f", "written": ".2f"}
+"""Measures that stand in one row: measure → format."""
+_LEFT_OUT = ("cold", "seconds", "limit seconds", "CPU seconds")
+"""Measures that say more of the machine than of a library."""
 
 
-def _median(ratios: Iterable[float]) -> float:
-    return round(statistics.median(ratios), 2)
+def figures_of(runs: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """What the page shows of some runs, and on which machine each was made."""
+    shown: dict[tuple[str, ...], Figure] = {}
+    for figure in (figure for run in runs for figure in figures_in(run)):
+        if figure.measure not in _LEFT_OUT:
+            place = (figure.size, figure.operation, figure.library, figure.measure)
+            shown[place] = figure
+    return {
+        "machines": [run["machine"] for run in runs],
+        "payload_bytes": {k: v for run in runs for k, v in run["payload_bytes"].items()},
+        "figures": [{**asdict(f), "value": round(f.value, 3)} for f in shown.values()],
+    }
 
 
-def rows_of(figures: Figures) -> str:
-    """The table as Markdown."""
-    lines = ["| size | operation | library | time | CPU |", "|---|---|---|---|---|"]
-    for size, run in figures.items():
-        for operation, libraries in run["figures"].items():
-            for library, ratio in libraries.items():
-                cells = f"{ratio['time']:.2f} | {ratio['cpu']:.2f}"
-                lines.append(f"| {size} | {operation} | {library} | {cells} |")
-    return "\n".join(lines)
+def rows_of(document: Mapping[str, Any]) -> str:
+    """The tables as Markdown: ratios of calls, then all other figures."""
+    figures = figures_in(document)
+    headings = " | ".join(_OF_CALLS)
+    return "\n".join(
+        [
+            f"| size | operation | library | {headings} | goals |",
+            "|---|---|---|" + "---|" * (len(_OF_CALLS) + 1),
+            *_rows_of_calls(figures),
+            "",
+            "| size | operation | library | figure | value | goals |",
+            "|---|---|---|---|---|---|",
+            *_other_rows(figures),
+        ]
+    )
+
+
+def _rows_of_calls(figures: Sequence[Figure]) -> Iterator[str]:
+    calls = [(f.size, f.operation, f.library) for f in figures if f.measure == "time"]
+    for call in sorted(set(calls), key=_order(calls)):
+        own = [f for f in figures if (f.size, f.operation, f.library) == call]
+        values = {figure.measure: figure.value for figure in own}
+        cells = [f"{values[m]:{form}}" if m in values else "" for m, form in _OF_CALLS.items()]
+        yield f"| {' | '.join([*call, *cells, _goals(own)])} |"
+
+
+def _order(calls: Sequence[tuple[str, str, str]]) -> Any:
+    """Sizes, operations and libraries in the order of their first call."""
+    firsts = [list(dict.fromkeys(names)) for names in zip(*calls, strict=True)]
+    return lambda call: [first.index(name) for first, name in zip(firsts, call, strict=True)]
+
+
+def _other_rows(figures: Sequence[Figure]) -> Iterator[str]:
+    calls = {(f.size, f.operation, f.library) for f in figures if f.measure == "time"}
+    for f in figures:
+        is_shown_above = f.measure in _OF_CALLS or f.measure == "peak"
+        if not ((f.size, f.operation, f.library) in calls and is_shown_above):
+            place = f"{f.size} | {f.operation} | {f.library}"
+            yield f"| {place} | {f.measure} | {f.value:.2f} | {_goals([f])} |"
+
+
+def _goals(figures: Sequence[Figure]) -> str:
+    """Pages are narrow: only peaks are named beside other measures."""
+    return ", ".join(
+        f"{v.goal.measure if v.goal.measure.startswith('peak') else ''} {v.goal} {v.word}".strip()
+        for v in judge(figures)
+    )
 
 
 def rows_on(page: str) -> str:
-    """The table that a page holds."""
+    """The tables that a page holds."""
     found = _TABLE.search(page)
     assert found is not None
     return found[0]
 
 
 def main() -> None:
-    """Write the figures, and the page's table of them."""
+    """Write the figures, and the page's tables of them."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.page", description=__doc__)
     parser.add_argument("runs", type=Path, nargs="+")
-    runs = [json.loads(path.read_text()) for path in parser.parse_args().runs]
-    figures = {run["size"]: figures_of(run) for run in runs}
+    figures = figures_of([json.loads(path.read_text()) for path in parser.parse_args().runs])
     FIGURES.write_text(json.dumps(figures, indent=1) + "\n")
     PAGE.write_text(_TABLE.sub(lambda _: rows_of(figures), PAGE.read_text()))
 

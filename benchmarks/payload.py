@@ -15,7 +15,7 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Replicate, Shard
 
-__all__ = ["SIZES", "Size", "State", "make_state", "memory_of", "num_bytes"]
+__all__ = ["SIZES", "Size", "State", "blank_state", "make_state", "memory_of", "num_bytes"]
 
 State = dict[str, Any]
 Shape = tuple[int, ...]
@@ -63,6 +63,7 @@ SIZES = {
         Size("tensor-bound", 4, (2, 1), 512, 1408, 12, 8192, torch.float32),
         Size("byte-bound", 2, (4, 1), 1536, 4096, 12, 8192, torch.bfloat16),
         Size("one-rank", 1, (), 1024, 2816, 12, 8192, torch.bfloat16),
+        Size("bucket", 1, (), 512, 1408, 12, 8192, torch.bfloat16),
         Size("tiny", 2, (1,), 64, 128, 2, 256, torch.float32),
     )
 }
@@ -110,6 +111,16 @@ def _mine(seeds: list[int], mesh: DeviceMesh, dim: int | None) -> list[int]:
         return seeds[:1]
     share = PIECES // mesh.size()
     return seeds[dist.get_rank() * share :][:share]
+
+
+def blank_state(state: State) -> State:
+    """Zeros in the same shapes and meshes, in memory of their own."""
+    return {
+        key: blank_state(value)
+        if isinstance(value, dict)
+        else torch.empty_like(value).fill_(0)  # touches the pages, as zeros would not
+        for key, value in state.items()
+    }
 
 
 def memory_of(state: State) -> Iterator[torch.Tensor]:

@@ -1,102 +1,106 @@
-"""The table, the JSON and the plot of a race."""
+"""The table and the JSON of what was found."""
 
 from __future__ import annotations
 
 import json
 import os
 import platform
-import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import torch
 
-from benchmarks.race import Sample
+from benchmarks.goals import GOALS, judge
+from benchmarks.samples import Figure, Findings
 
-__all__ = ["plot", "table", "write_json"]
+__all__ = ["figures_in", "table", "write_json"]
+
+_COLUMNS = {
+    "time": ("x raw", ".2f"),
+    "CPU": ("x raw cpu", ".2f"),
+    "cold": ("cold", ".1f"),
+    "seconds": ("s", ".3f"),
+    "limit seconds": ("raw s", ".3f"),
+    "CPU seconds": ("cpu s", ".2f"),
+    "peak MiB": ("peak MiB", ".0f"),
+    "read": ("read x", ".2f"),
+    "written": ("wrote x", ".2f"),
+}
+"""Of a table of calls: measure → heading, format."""
 
 
-def table(samples: Sequence[Sample], payload_bytes: int) -> str:
-    """Medians without the cold repetition, and the cold one beside them."""
-    operations = list(dict.fromkeys(sample.operation for sample in samples))
-    libraries = list(dict.fromkeys(sample.library for sample in samples))
-    lines = [
-        f"payload {payload_bytes / 2**20:.0f} MiB; ratios to the raw limit of the same run, "
-        f"lower is better; cold: the first of its kind",
-        f"{'':16} {'':18} {'x raw':>7} {'x raw cpu':>9} {'cold':>6} {'s':>8} {'raw s':>8} "
-        f"{'cpu s':>7} {'peak MiB':>8} {'read x':>7} {'wrote x':>7}",
-    ]
-    for operation in operations:
-        for library in libraries:
-            own = [s for s in samples if (s.library, s.operation) == (library, operation)]
-            if own:
-                lines.append(_line(own, payload_bytes))
-        lines.append("")
+def table(findings: Findings) -> str:
+    """The figures of one subject and payload, with the goals that they meet or miss."""
+    lines = [f"\n{findings.subject}: {findings.size}, {findings.ranks} ranks"]
+    if findings.samples:
+        headings = " ".join(f"{heading:>9}" for heading, _ in _COLUMNS.values())
+        lines += [
+            f"payload {findings.payload_bytes / 2**20:.0f} MiB; x raw: ratio to the limit probed "
+            "beside it; cold: the first of its kind; peak: of the largest rank",
+            f"{'':16} {'':22} {headings}",
+        ]
+    of_calls = [figure for figure in findings.figures() if figure not in findings.others]
+    for operation, library, _ in findings.by_call():
+        row = [f for f in of_calls if (f.operation, f.library) == (operation, library)]
+        by_measure = {figure.measure: figure.value for figure in row}
+        cells = " ".join(f"{by_measure[m]:9{form}}" for m, (_, form) in _COLUMNS.items())
+        lines.append(f"{operation:16} {library:22} {cells}  {_verdicts(row)}".rstrip())
+    for one in findings.others:
+        own = f"{one.operation:26} {one.library:22} {one.value:9.2f} {one.measure}"
+        lines.append(f"{own}  {_verdicts([one])}".rstrip())
+    for library, reason in findings.failures.items():
+        lines.append(f"{library} failed: {reason}")
     return "\n".join(lines)
 
 
-def _line(samples: Sequence[Sample], payload: int) -> str:
-    warm = [sample for sample in samples if sample.repetition]
-    cold = next(sample for sample in samples if not sample.repetition)
-
-    def median(value: Callable[[Sample], float]) -> float:
-        return statistics.median(map(value, warm))
-
-    return (
-        f"{samples[0].operation:16} {samples[0].library:18} {median(_ratio):7.2f} "
-        f"{median(lambda s: s.cost.cpu_seconds / max(s.limit.cpu_seconds, 1e-9)):9.2f} "
-        f"{_ratio(cold):6.1f} {median(lambda s: s.cost.seconds):8.3f} "
-        f"{median(lambda s: s.limit.seconds):8.3f} {median(lambda s: s.cost.cpu_seconds):7.2f} "
-        f"{median(lambda s: s.cost.peak_bytes) / 2**20:8.0f} "
-        f"{median(lambda s: s.cost.read_bytes) / payload:7.2f} "
-        f"{median(lambda s: s.cost.written_bytes) / payload:7.2f}"
+def _verdicts(figures: Sequence[Figure]) -> str:
+    """Of every goal on these figures."""
+    return ", ".join(
+        f"{verdict.goal.measure} {verdict.value:.2f} {verdict.goal} {verdict.word}"
+        for verdict in judge(figures)
     )
 
 
-def _ratio(sample: Sample) -> float:
-    return sample.cost.seconds / sample.limit.seconds
+def write_json(path: Path, findings: Sequence[Findings], directory: Path) -> None:
+    """Every sample and figure, the goals, and where it was measured.
 
-
-def write_json(path: Path, size: str, samples: Sequence[Sample], payload_bytes: int) -> None:
-    """Every sample, and where it was measured."""
+    Args:
+        path: Of the document.
+        findings: Of all subjects.
+        directory: The storage that was measured.
+    """
+    found = [figure for one in findings for figure in one.figures()]
     document = {
-        "size": size,
-        "payload_bytes": payload_bytes,
-        "torch": torch.__version__,
-        "python": platform.python_version(),
-        "cores": os.cpu_count(),
-        "load_average": os.getloadavg(),
-        "samples": [asdict(sample) for sample in samples],
+        "machine": {
+            "torch": torch.__version__,
+            "python": platform.python_version(),
+            "cores": os.cpu_count(),
+            "load_average": [round(load, 2) for load in os.getloadavg()],
+            "directory": os.fspath(directory),
+        },
+        "payload_bytes": {one.size: one.payload_bytes for one in findings if one.payload_bytes},
+        "figures": [asdict(figure) for figure in found],
+        "goals": [
+            {**asdict(v.goal), "sense": v.goal.sense.value, "value": v.value, "is": v.word}
+            for v in judge(found)
+        ],
+        "goals_not_measured": [
+            f"{goal.size}: {goal.operation}, {goal.measure}"
+            for goal in GOALS
+            if not any(map(goal.is_of, found))
+        ],
+        "failures": {f"{one.subject} {one.size}": one.failures for one in findings if one.failures},
+        "samples": [
+            {"subject": one.subject, "size": one.size, **asdict(sample)}
+            for one in findings
+            for sample in one.samples
+        ],
     }
-    path.write_text(json.dumps(document, indent=1))
+    path.write_text(json.dumps(document, indent=1) + "\n")
 
 
-def plot(path: Path, samples: Sequence[Sample]) -> None:
-    """Bars of the ratios, one group an operation. Needs matplotlib."""
-    import matplotlib
-
-    matplotlib.use("agg")
-    from matplotlib import pyplot
-
-    operations = list(dict.fromkeys(sample.operation for sample in samples))
-    libraries = list(dict.fromkeys(sample.library for sample in samples))
-    figure, axes = pyplot.subplots(figsize=(2 + 2 * len(operations), 5), layout="constrained")
-    width = 0.8 / len(libraries)
-    for at, library in enumerate(libraries):
-        groups = [
-            [
-                _ratio(s)
-                for s in samples
-                if (s.library, s.operation) == (library, o) and s.repetition
-            ]
-            for o in operations
-        ]
-        bars = [statistics.median(group) if group else 0 for group in groups]
-        places = [index + at * width for index in range(len(operations))]
-        axes.bar(places, bars, width, label=library)
-    axes.axhline(1, color="black", linewidth=1)
-    axes.set_xticks([index + 0.4 - width / 2 for index in range(len(operations))], operations)
-    axes.set_ylabel("time / raw limit")
-    axes.legend()
-    figure.savefig(path, dpi=120)
+def figures_in(document: Mapping[str, Any]) -> list[Figure]:
+    """The figures that ``write_json`` wrote."""
+    return [Figure(**figure) for figure in document["figures"]]

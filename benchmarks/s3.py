@@ -22,8 +22,9 @@ from urllib.parse import urlsplit
 import numpy as np
 
 from benchmarks.cost import Cost
-from benchmarks.race import Sample
+from benchmarks.names import OBJECT
 from benchmarks.results import table, write_json
+from benchmarks.samples import Findings, Sample
 from dcp_resume.storage import ByteRange, ObjectStore, RangeRead, open_store
 from tests.support.s3_server import S3Server
 
@@ -207,9 +208,10 @@ def main() -> None:
     with S3Server() as server:
         server.make_bucket(_BUCKET)
         samples = race(server, num_bytes, arguments.repetitions)
-    print(table(samples, num_bytes))
+    findings = Findings("s3", OBJECT, 1, num_bytes, samples)
+    print(table(findings))
     if arguments.json:
-        write_json(arguments.json, f"s3, {arguments.mebibytes} MiB", samples, num_bytes)
+        write_json(arguments.json, [findings], Path(server.endpoint))
 
 
 if __name__ == "__main__":

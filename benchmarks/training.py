@@ -1,0 +1,108 @@
+"""How fast a trainer steps while a save runs in the background."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+from benchmarks.libraries import CONTENDERS
+from benchmarks.names import CORES, SPEED, training_on
+from benchmarks.options import Options, Trials
+from benchmarks.payload import SIZES, num_bytes
+from benchmarks.race import Race
+from benchmarks.samples import Figure, Findings
+
+__all__ = ["Work", "measure_training"]
+
+_QUIET_S, _TINY_QUIET_S = 2.0, 0.1
+"""As long are steps counted without a save, before each save."""
+
+
+class Work:
+    """Forward and backward as far as the machine is concerned: matmuls in the calling thread."""
+
+    def __init__(self) -> None:
+        self._left, self._right = torch.randn(2, 256, 256)
+
+    def step(self) -> None:
+        """A few milliseconds of work."""
+        for _ in range(8):
+            torch.mm(self._left, self._right)
+
+    def last(self, seconds: float) -> int:
+        """Work as long as that; the number of steps."""
+        end = time.monotonic() + seconds
+        return self.steps_until(lambda: time.monotonic() >= end)
+
+    def steps_until(self, is_over: Callable[[], bool]) -> int:
+        """Work until then; the number of steps."""
+        steps = 0
+        while not is_over():
+            self.step()
+            steps += 1
+        return steps
+
+
+def measure_training(options: Options) -> Iterator[Findings]:
+    """Each library that saves in the background, with a core to spare and without one."""
+    size, trials = options.size("one-rank"), Trials()
+    libraries = [name for name in options.among(CONTENDERS) if CONTENDERS[name].is_async]
+    quiet_s = _TINY_QUIET_S if options.is_tiny else _QUIET_S
+    label = options.label("training")
+    for ranks in (1, CORES):
+        figures: list[Figure] = []
+        for library in libraries:
+            with options.scratch("training") as directory:
+                given = (library, size.name, options.repetitions, str(directory), quiet_s)
+                speeds = trials.on_ranks(_speeds, ranks, *given)
+            if speeds:
+                where = training_on(ranks)
+                figures.append(Figure(label, where, library, SPEED, min(speeds)))
+        payload = num_bytes(size)
+        yield Findings("training", label, ranks, payload, others=figures, failures=trials.failures)
+
+
+def _speeds(
+    library: str, size: str, repetitions: int, directory: str, quiet_s: float
+) -> list[float]:
+    """Steps a second beside saves over those without, by rank."""
+    os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:CORES])
+    race, contender, work = Race(SIZES[size], Path(directory)), CONTENDERS[library](), Work()
+    quiet, busy = _Pace(), _Pace()
+    with ThreadPoolExecutor(1) as waiter:
+        for repetition in range(repetitions + 1):
+            race.forget()
+            if repetition == 1:  # the cold save is not counted
+                quiet, busy = _Pace(), _Pace()
+            quiet.count(lambda: work.last(quiet_s))
+            saved = waiter.submit(contender.save_async(race.state, race.path))
+            busy.count(lambda: work.steps_until(saved.done))  # noqa: B023 - called at once
+            saved.result()
+    contender.close()
+    race.close()
+    every: list[float] = [0.0] * dist.get_world_size()
+    dist.all_gather_object(every, busy.rate / quiet.rate)
+    return every
+
+
+class _Pace:
+    """Steps and their time."""
+
+    def __init__(self) -> None:
+        self._steps, self._seconds = 0, 0.0
+
+    def count(self, work: Callable[[], int]) -> None:
+        started = time.monotonic()
+        self._steps += work()
+        self._seconds += time.monotonic() - started
+
+    @property
+    def rate(self) -> float:
+        """Steps a second."""
+        return self._steps / self._seconds
