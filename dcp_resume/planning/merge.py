@@ -98,6 +98,7 @@ class MergeMemory:
         Raises:
             IncompletePlan: Ranks contradict each other about a tensor, or the chunks of one do not
                 tile it.
+            InvalidDocument: A rank names a box that it does not list.
             ReplicaMismatch: Assumed replicas, tied tensors, or values without a declaration differ.
         """
         self._laid_out = None
@@ -123,7 +124,8 @@ class MergeMemory:
             laid_out = self._laid_out = _LaidOut.of(self._shapes, sizes)
             # One table of all chunks is enough to keep: their order does not matter to a layout.
             chunks = laid_out.layout.chunks
-            own = chunks.take(chunks.tensor < len(self._shapes.tensors)) if sizes else chunks
+            own = chunks.where(chunks.tensor < len(self._shapes.tensors))
+            own = replace(own, boxes=self._shapes.written.boxes)  # theirs come first
             self._shapes = replace(self._shapes, written=own)
         return GlobalPlan(
             world_size=self._shapes.world_size,

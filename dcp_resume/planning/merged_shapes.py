@@ -93,6 +93,7 @@ def merge_shapes(shapes: Sequence[PlanShape]) -> MergedShapes:
     Raises:
         IncompletePlan: Ranks contradict each other about a tensor, or the chunks of one do not
             tile it.
+        InvalidDocument: A rank names a box that it does not list.
         ReplicaMismatch: Tied tensors are not alike, or cut differently.
     """
     union = unite(shapes)
@@ -124,6 +125,7 @@ def _fingerprint(shapes: Sequence[PlanShape]) -> bytes:
             shape.rank,
             shape.world_size,
             structures[shape.structure],
+            len(shape.structure),
             len(shape.tensor),
             len(shape.compared),
             *shape.boxes.offsets.shape,
