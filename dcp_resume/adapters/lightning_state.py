@@ -6,9 +6,9 @@ import os
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
+from lightning import __version__
 from lightning.fabric.utilities.data import _set_sampler_epoch
 from lightning.fabric.utilities.types import _Stateful
-from lightning import __version__
 from lightning.pytorch import Trainer
 from lightning.pytorch.loops.fetchers import _DataFetcher, _DataLoaderIterDataFetcher
 from lightning.pytorch.loops.loop import _Loop
@@ -84,7 +84,7 @@ class LightningState:
                 self._dump_place,
                 self._take_place,
                 derive=self._derive_place,
-                is_bound=lambda: not self._is_between_epochs,
+                bound_to=self._bound_to,
             ),
         }
 
@@ -142,6 +142,11 @@ class LightningState:
             "metrics": dict(self._trainer.callback_metrics),
         }
 
+    def _bound_to(self) -> dict[str, int]:
+        """In the middle of an epoch, each rank has used some of its batches."""
+        used = self._trainer.fit_loop.epoch_loop.batch_progress.current.ready
+        return {} if self._is_between_epochs else {"used_batches": used}
+
     # Loading.
 
     def _take_bookkeeping(self, saved: dict[str, Any]) -> None:
@@ -178,7 +183,7 @@ class LightningState:
         """As if the loops had never stopped, so that Lightning restarts nothing."""
         fit_loop = self._trainer.fit_loop
         for tracker in (fit_loop.epoch_progress.total, fit_loop.epoch_progress.current):
-            tracker.ready = tracker.processed  # type: ignore[attr-defined]
+            tracker.ready = tracker.completed
         loop = fit_loop.epoch_loop
         loop.batch_progress.reset_on_run()
         loop.scheduler_progress.reset_on_run()
@@ -200,7 +205,7 @@ class LightningState:
             return  # the samplers do not know their epoch yet
         fit_loop, fetcher = self._trainer.fit_loop, _fetcher(self._trainer)
         used = fit_loop.epoch_loop.batch_progress.current.ready
-        is_first, states = fit_loop.epoch_progress.current.processed == 0, self._place["loaders"]
+        is_first, states = fit_loop.epoch_progress.current.completed == 0, self._place["loaders"]
         if states or not is_first:
             # What ``setup_data`` began is another epoch's.
             self._begin_iteration(self._draws.at_epoch_start)
@@ -230,7 +235,7 @@ class LightningState:
         combined = fit_loop._combined_loader
         assert combined is not None
         for loader in combined.flattened:
-            _set_sampler_epoch(loader, fit_loop.epoch_progress.current.processed)
+            _set_sampler_epoch(loader, self._trainer.current_epoch)
         combined._load_state_dicts(self._place["loaders"])
         iter(_fetcher(self._trainer))
 

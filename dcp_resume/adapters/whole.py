@@ -49,14 +49,16 @@ class WholeValue:
 
 
 class WholeOfRank(WholeValue):
-    """The same of a value of each rank's own.
+    """The same of a value of each rank's own, such as its place in the data.
 
     Args:
         name: Of the part, for messages.
         get: Returns this rank's value.
         put: Takes what this rank saved.
-        derive: Called with the step instead of ``put`` where the number of ranks changed.
-        is_bound: Whether the value, as it is now, is of use to as many ranks only.
+        derive: Called with the step instead of ``put`` where the number of ranks changed, and the
+            value is not bound.
+        bound_to: What the value means nothing without, by name; equal on all ranks. Empty if any
+            number of ranks can go on from it.
     """
 
     of_coordinator: ClassVar[tuple[str, ...]] = ()
@@ -69,34 +71,35 @@ class WholeOfRank(WholeValue):
         put: Callable[[Any], object],
         *,
         derive: Callable[[int], object],
-        is_bound: Callable[[], bool],
+        bound_to: Callable[[], Mapping[str, int]],
     ) -> None:
         super().__init__(name, get, put)
-        self._derive, self._is_bound = derive, is_bound
+        self._derive, self._bound_to = derive, bound_to
 
     def state_dict(self) -> dict[str, Any]:
-        """The value of this rank, and of how many ranks it is one.
+        """The value of this rank, and what it depends on.
 
         Raises:
             UnsupportedLeaf: It holds something that has no form without pickle.
         """
-        count = place_in_world()[1]
-        return {"num_ranks": count, "is_bound": self._is_bound(), **super().state_dict()}
+        bound_to = [dict(self._bound_to())]
+        return {"num_ranks": place_in_world()[1], "bound_to": bound_to, **super().state_dict()}
 
     def differences(self, saved: Mapping[str, Any]) -> Iterator[ReportItem]:
         """Whether each rank can go on with its own value."""
-        was, now = saved.get("num_ranks"), place_in_world()[1]
-        if was == now:
-            return
-        if saved.get("is_bound"):
+        [bound_to] = saved.get("bound_to", [{}])
+        was = {"num_ranks": saved.get("num_ranks"), **bound_to}
+        now = {"num_ranks": place_in_world()[1], **self._bound_to()}
+        changed = [name for name in was if name in now and was[name] != now[name]]
+        for name in changed if bound_to else ():
             message = (
-                f"saved by {was} rank(s) in the middle of an epoch, now {now}: batches are counted "
-                f"by each rank; resume on {was}, or from a checkpoint between two epochs"
+                f"saved with {was[name]}, now {now[name]}: the place in the data is counted in "
+                f"batches of each rank; resume with {was[name]}"
             )
-            yield ReportItem(Severity.REFUSE, "position", "num_ranks", message)
-        else:
-            message = f"saved by {was} rank(s), now {now}: random numbers are derived anew"
-            yield ReportItem(Severity.WARN, "rng", "", message)
+            yield ReportItem(Severity.REFUSE, "position", name, message)
+        if changed and not bound_to:
+            message = f"saved by {was['num_ranks']} rank(s), now {now['num_ranks']}: random numbers"
+            yield ReportItem(Severity.WARN, "rng", "", f"{message} are derived anew")
 
     def derive(self, saved: Mapping[str, Any], step: int) -> None:
         """Go on without the value of this rank."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import warnings
 from dataclasses import dataclass, field
 from typing import Any
@@ -131,10 +132,8 @@ class Job:
         model = self.model()
         loader = self.loader() if self.loader else DataLoader(Noisy(), BATCH, shuffle=True)
         validation = DataLoader(Noisy(4), BATCH) if self.validates else None
-        try:
+        with contextlib.suppress(Stopped):
             trainer.fit(model, loader, validation)
-        except Stopped:
-            pass
         return Outcome(
             record.losses,
             {name: value.clone() for name, value in model.state_dict().items()},
