@@ -35,7 +35,7 @@ else:
 
 
 class ResumableTrainerMixin(_Base):
-    """Put before ``Trainer``, or a subclass of it: ``class Mine(ResumableTrainerMixin, SFTTrainer)``.
+    """Put before a trainer's class: ``class Mine(ResumableTrainerMixin, SFTTrainer)``.
 
     ``save_strategy`` and ``save_steps`` say when to save, the manager's settings what is kept.
     ``train(resume_from_checkpoint=…)`` takes ``True`` (the newest whole checkpoint, or a new

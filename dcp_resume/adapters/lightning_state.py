@@ -140,12 +140,13 @@ class LightningState:
             "at_epoch_start": self._draws.at_epoch_start,
             "now": self._rng.state_dict(),
             "metrics": dict(self._trainer.callback_metrics),
+            "num_batches": self._trainer.num_training_batches,
         }
 
     def _bound_to(self) -> dict[str, int]:
         """In the middle of an epoch, each rank has used some of its batches."""
-        used = self._trainer.fit_loop.epoch_loop.batch_progress.current.ready
-        return {} if self._is_between_epochs else {"used_batches": used}
+        accumulated = self._trainer.accumulate_grad_batches
+        return {} if self._is_between_epochs else {"accumulate_grad_batches": accumulated}
 
     # Loading.
 
@@ -195,7 +196,7 @@ class LightningState:
         """Go on in the middle of an epoch: put the data loaders where they were.
 
         Raises:
-            ConfigurationError: The epoch has fewer batches than were used.
+            ConfigurationError: The epoch has not as many batches as before.
         """
         if not self._place:
             return
@@ -204,20 +205,15 @@ class LightningState:
         if self._bookkeeping["is_between_epochs"]:
             return  # the samplers do not know their epoch yet
         fit_loop, fetcher = self._trainer.fit_loop, _fetcher(self._trainer)
+        _check_length(self._place["num_batches"], self._trainer.num_training_batches)
         used = fit_loop.epoch_loop.batch_progress.current.ready
         is_first, states = fit_loop.epoch_progress.current.completed == 0, self._place["loaders"]
         if states or not is_first:
             # What ``setup_data`` began is another epoch's.
             self._begin_iteration(self._draws.at_epoch_start)
         for number in range(0 if states else used):
-            try:
-                next(fetcher)
-            except StopIteration as error:
-                raise ConfigurationError(
-                    f"{used} batches of epoch {self._trainer.current_epoch} were used, and it has "
-                    f"only {number} now; resume with the data that it was saved with",
-                    option="train_dataloaders",
-                ) from error
+            if next(fetcher, None) is None:
+                _check_length(used, number)
         fetcher.fetched = 0  # the loop adds what was used
         fit_loop._restarting = False  # else plateau schedulers are left out at the epoch's end
         self._rng.load_state_dict(self._place["now"])
@@ -244,6 +240,15 @@ def _fetcher(trainer: Trainer) -> _DataFetcher:
     fetcher = trainer.fit_loop._data_fetcher
     assert fetcher is not None
     return fetcher
+
+
+def _check_length(was: float, now: float) -> None:
+    if was != now:
+        raise ConfigurationError(
+            f"the epoch was saved with {was} batches on each rank, and has {now} now, so that some "
+            f"samples would come twice and some never; resume with the same data and batch size",
+            option="train_dataloaders",
+        )
 
 
 def check_loaders(trainer: Trainer) -> None:
