@@ -16,10 +16,10 @@ from typing import Any
 
 from accelerate import Accelerator
 
+from dcp_resume.adapters.progress import LocalProgress
 from dcp_resume.adapters.whole import WholeOfRank, WholeValue
 from dcp_resume.errors import ConfigurationError
 from dcp_resume.manager.rng import RngState
-from dcp_resume.manager.trainer_state import TrainerState
 
 __all__ = ["AcceleratedRun"]
 
@@ -36,7 +36,7 @@ class AcceleratedRun:
 
     def __init__(self, accelerator: Accelerator, seed: int = 0) -> None:
         self._accelerator = accelerator
-        self.trainer = TrainerState()
+        self.trainer = LocalProgress()
         """Yours to ``advance`` once a step."""
         self.epoch = 0
         """Of the next batch; that of ``batches``."""

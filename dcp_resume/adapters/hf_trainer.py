@@ -18,12 +18,12 @@ from transformers import Trainer, TrainingArguments
 from transformers.trainer_callback import ExportableState
 from transformers.trainer_callback import TrainerState as PeerState
 
+from dcp_resume.adapters.progress import LocalProgress
 from dcp_resume.adapters.whole import WholeOfRank, WholeValue
 from dcp_resume.errors import ConfigurationError
 from dcp_resume.manager.checkpoint_manager import CheckpointManager
 from dcp_resume.manager.preemption import Preemption
 from dcp_resume.manager.rng import RngState
-from dcp_resume.manager.trainer_state import TrainerState
 from dcp_resume.session.load import LoadResult
 
 __all__ = ["ResumableTrainer", "ResumableTrainerMixin"]
@@ -63,7 +63,7 @@ class ResumableTrainerMixin(_Base):
         _check_arguments(self.args)
         self.checkpoints = checkpoints
         self._preemption = preemption
-        self._progress = TrainerState()
+        self._progress = LocalProgress()
         self._rng = RngState(self.args.seed)
         self.resumed: LoadResult | None = None
         """What ``train`` resumed from; None if it began anew."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from typing import Any
 
 from lightning import __version__
 from lightning.fabric.utilities.data import _set_sampler_epoch
@@ -14,21 +14,12 @@ from lightning.pytorch.loops.fetchers import _DataFetcher, _DataLoaderIterDataFe
 from lightning.pytorch.loops.loop import _Loop
 from lightning.pytorch.trainer import call
 
+from dcp_resume.adapters.progress import LocalProgress
 from dcp_resume.adapters.whole import WholeOfRank, WholeValue
 from dcp_resume.errors import ConfigurationError
 from dcp_resume.manager.rng import RngState
-from dcp_resume.manager.trainer_state import TrainerState
 
 __all__ = ["LightningState"]
-
-
-class _Progress(TrainerState):
-    """Trainer state whose metrics each rank may have measured for itself; rank 0's are saved."""
-
-    of_coordinator: ClassVar[tuple[str, ...]] = (
-        *TrainerState.of_coordinator,
-        *("metrics", "bests", "best_loss", "best_step", "last_lr"),
-    )
 
 
 @dataclass(slots=True)
@@ -51,7 +42,7 @@ class LightningState:
 
     def __init__(self, trainer: Trainer, modes: dict[str, str]) -> None:
         self._trainer = trainer
-        self._progress = _Progress(modes=modes)
+        self._progress = LocalProgress(modes=modes)
         seed = int(os.environ.get("PL_GLOBAL_SEED", "0"))
         self._rng = RngState(seed)
         self._draws = _Draws(at_fit_start=self._rng.state_dict())

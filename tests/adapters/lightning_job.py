@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from lightning.pytorch import LightningModule, Trainer, seed_everything
 from lightning.pytorch.callbacks import Callback
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
 from torch.utils.data import DataLoader, Dataset
 
 from dcp_resume import SaveMode, Settings
@@ -67,6 +69,18 @@ class Regression(LightningModule):
         return [optimizer], schedulers
 
 
+class Sharded(Regression):
+    """By FSDP2, as ``ModelParallelStrategy`` wants it."""
+
+    def __init__(self):
+        super().__init__()
+        del self.layers[2]
+
+    def configure_model(self):
+        for layer in (self.layers[0], self.layers[2]):
+            fully_shard(layer, mesh=self.device_mesh["data_parallel"])
+
+
 class Record(Callback):
     """Keeps the loss of each batch, and stops after some step."""
 
@@ -92,6 +106,13 @@ class Outcome:
     resumed_step: int | None
 
 
+def local_clones(value):
+    """This rank's shards: they outlive the process group of a pool's call."""
+    if isinstance(value, dict):
+        return {key: local_clones(item) for key, item in value.items()}
+    return (value.to_local() if isinstance(value, DTensor) else value).clone()
+
+
 @dataclass
 class Job:
     """How to train."""
@@ -103,6 +124,8 @@ class Job:
     loader: Any = None
     max_epochs: int = 3
     model: Any = Regression
+    settings: dict[str, Any] = field(default_factory=dict)
+    strategy: Any = None
 
     def run(self, stop_after=-1, **callback_options):
         """Train to the end, or until ``stop_after`` steps."""
@@ -113,7 +136,9 @@ class Job:
     def _run(self, stop_after, callback_options):
         seed_everything(3, verbose=False)
         record = Record(stop_after)
-        settings = Settings(save_interval=self.save_interval, mode=SaveMode.BLOCKING)
+        settings = Settings(
+            save_interval=self.save_interval, mode=SaveMode.BLOCKING, **self.settings
+        )
         checkpoint = ResumableCheckpoint(self.root, settings, **callback_options)
         trainer = Trainer(
             **{
@@ -127,6 +152,7 @@ class Job:
                 "callbacks": [checkpoint, record],
                 "default_root_dir": str(self.root),
                 **self.options,
+                **({"strategy": self.strategy()} if self.strategy else {}),
             }
         )
         model = self.model()
@@ -136,8 +162,8 @@ class Job:
             trainer.fit(model, loader, validation)
         return Outcome(
             record.losses,
-            {name: value.clone() for name, value in model.state_dict().items()},
-            trainer.optimizers[0].state_dict() if trainer.optimizers else {},
+            local_clones(model.state_dict()),
+            local_clones(trainer.optimizers[0].state_dict()["state"]),
             [group["lr"] for group in trainer.optimizers[0].param_groups],
             checkpoint.resumed.step if checkpoint.resumed else None,
         )

@@ -13,9 +13,7 @@ def assert_equal(resumed, straight):
     assert resumed.losses == straight.losses[len(straight.losses) - len(resumed.losses) :]
     assert resumed.lr == straight.lr
     torch.testing.assert_close(resumed.weights, straight.weights, rtol=0, atol=0)
-    torch.testing.assert_close(
-        resumed.optimizer["state"], straight.optimizer["state"], rtol=0, atol=0
-    )
+    torch.testing.assert_close(resumed.optimizer, straight.optimizer, rtol=0, atol=0)
 
 
 def workers():
