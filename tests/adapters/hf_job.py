@@ -85,8 +85,9 @@ class Job:
     root: Any
     options: dict[str, Any] = field(default_factory=dict)
     num_epochs: int = 3
+    callbacks: list[Any] = field(default_factory=list)
 
-    def run(self, stop_after=-1, resume=True, **trainer_options):
+    def run(self, stop_after=-1, resume=True, preemption=None):
         """Train to the end, or until ``stop_after`` steps."""
         set_seed(5)
         arguments = TrainingArguments(
@@ -103,15 +104,18 @@ class Job:
                 **self.options,
             }
         )
-        with CheckpointManager(self.root, Settings(mode=SaveMode.BLOCKING)) as checkpoints:
+        settings = Settings(mode=SaveMode.BLOCKING)
+        with contextlib.ExitStack() as stack:
+            checkpoints = stack.enter_context(CheckpointManager(self.root, settings))
+            listening = stack.enter_context(preemption(checkpoints)) if preemption else None
             trainer = Recorded(
                 tiny_model(),
                 arguments,
                 train_dataset=Tokens(),
                 eval_dataset=Tokens(4),
-                callbacks=[Stop(stop_after)],
+                callbacks=[Stop(stop_after), *self.callbacks],
                 checkpoints=checkpoints,
-                **trainer_options,
+                preemption=listening,
             )
             trainer.losses = []
             with contextlib.suppress(Stopped):

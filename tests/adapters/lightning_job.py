@@ -126,6 +126,8 @@ class Job:
     model: Any = Regression
     settings: dict[str, Any] = field(default_factory=dict)
     strategy: Any = None
+    callbacks: list[Any] = field(default_factory=list)
+    fit: dict[str, Any] = field(default_factory=dict)
 
     def run(self, stop_after=-1, **callback_options):
         """Train to the end, or until ``stop_after`` steps."""
@@ -149,7 +151,7 @@ class Job:
                 "enable_progress_bar": False,
                 "enable_model_summary": False,
                 "num_sanity_val_steps": 2,
-                "callbacks": [checkpoint, record],
+                "callbacks": [checkpoint, record, *self.callbacks],
                 "default_root_dir": str(self.root),
                 **self.options,
                 **({"strategy": self.strategy()} if self.strategy else {}),
@@ -159,7 +161,7 @@ class Job:
         loader = self.loader() if self.loader else DataLoader(Noisy(), BATCH, shuffle=True)
         validation = DataLoader(Noisy(4), BATCH) if self.validates else None
         with contextlib.suppress(Stopped):
-            trainer.fit(model, loader, validation)
+            trainer.fit(model, loader, validation, **self.fit)
         return Outcome(
             record.losses,
             local_clones(model.state_dict()),

@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+import signal
+
 import pytest
 import torch
+from lightning.pytorch.callbacks import Callback
 from torch.utils.data import DataLoader
+from torchdata.stateful_dataloader import StatefulDataLoader
 
+from dcp_resume import PreemptionSettings, errors
+from tests.adapters.breaks import damage_newest, kill_after
 from tests.adapters.lightning_job import BATCH, Job, Noisy
 
 
@@ -14,6 +20,10 @@ def assert_equal(resumed, straight):
     assert resumed.lr == straight.lr
     torch.testing.assert_close(resumed.weights, straight.weights, rtol=0, atol=0)
     torch.testing.assert_close(resumed.optimizer, straight.optimizer, rtol=0, atol=0)
+
+
+def stateful():
+    return StatefulDataLoader(Noisy(), BATCH, shuffle=True)
 
 
 def workers():
@@ -30,6 +40,9 @@ def workers():
         ({"save_interval": 5, "options": {"max_steps": 27}}, 13, 10),
         ({"options": {"val_check_interval": 3}}, 8, 6),  # after a validation
         ({"validates": False, "loader": workers}, 14, 12),
+        ({"validates": False, "loader": stateful}, 8, 6),
+        ({"validates": False, "loader": stateful}, 14, 12),
+        ({"validates": False, "loader": stateful, "save_interval": 5}, 13, 10),
         ({"validates": False, "loader": workers, "save_interval": 5}, 13, 10),
     ],
 )
@@ -43,3 +56,83 @@ def test_a_resumed_run_equals_one_that_was_never_stopped(
     resumed = job.run()
     assert resumed.resumed_step == resumed_step
     assert_equal(resumed, straight)
+
+
+@pytest.fixture(scope="module")
+def straight(tmp_path_factory):
+    return Job(tmp_path_factory.mktemp("straight")).run()
+
+
+def test_a_killed_job_goes_on(tmp_path, straight):
+    kill_after("lightning", tmp_path, 14)
+    resumed = Job(tmp_path).run()
+    assert resumed.resumed_step == 12
+    assert_equal(resumed, straight)
+
+
+def test_a_damaged_checkpoint_is_passed_over(tmp_path, straight):
+    Job(tmp_path).run(8)
+    damage_newest(tmp_path)
+    resumed = Job(tmp_path).run()
+    assert resumed.resumed_step == 3
+    assert_equal(resumed, straight)
+
+
+def test_a_job_is_stopped_twice_and_ends_as_if_never(tmp_path, straight):
+    Job(tmp_path).run(14)
+    assert Job(tmp_path).run(17).resumed_step == 12
+    resumed = Job(tmp_path).run()
+    assert resumed.resumed_step == 15
+    assert_equal(resumed, straight)
+    again = Job(tmp_path).run()
+    assert (again.resumed_step, again.losses) == (30, [])
+
+
+class Notify(Callback):
+    """Sends this process the signal of a platform that wants its machine back."""
+
+    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+        if trainer.global_step == 4 and trainer.current_epoch == 0:
+            signal.raise_signal(signal.SIGUSR1)
+
+
+def test_a_notice_stops_the_job_at_a_step_that_is_saved(tmp_path, straight):
+    settings = PreemptionSettings(signals={"SIGUSR1": 30.0}, poll_s=0.01)
+    with pytest.raises(SystemExit) as left:
+        Job(tmp_path, save_interval=0, callbacks=[Notify()]).run(preemption=settings)
+    assert left.value.code == settings.exit_code
+    resumed = Job(tmp_path).run()
+    assert 4 < resumed.resumed_step < 30
+    assert_equal(resumed, straight)
+
+
+def test_a_checkpoint_of_lightning_and_one_of_the_run_are_not_mixed(tmp_path):
+    Job(tmp_path).run(8)
+    with pytest.raises(errors.ConfigurationError, match="ckpt_path") as caught:
+        Job(tmp_path, fit={"ckpt_path": "some.ckpt"}).run()
+    assert caught.value.option == "ckpt_path"
+
+
+def test_another_batch_size_in_the_middle_of_an_epoch_is_refused(tmp_path):
+    Job(tmp_path).run(8)
+    job = Job(tmp_path, loader=lambda: DataLoader(Noisy(), 4, shuffle=True))
+    with pytest.raises(errors.ConfigurationError, match="with 10 batches .* has 5 now"):
+        job.run()
+
+
+class Odd(Callback):
+    """State that only pickle could hold."""
+
+    def state_dict(self):
+        return {"function": print}
+
+
+def test_state_that_only_pickle_could_hold_is_refused_by_name(tmp_path):
+    with pytest.raises(errors.UnsupportedLeaf, match=r"lightning\.callbacks\.Odd\.function"):
+        Job(tmp_path, callbacks=[Odd()]).run()
+
+
+def test_loaders_of_two_kinds_are_refused(tmp_path):
+    job = Job(tmp_path, loader=lambda: [stateful(), workers()])
+    with pytest.raises(errors.ConfigurationError, match="use one kind"):
+        job.run()
