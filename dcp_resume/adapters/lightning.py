@@ -82,9 +82,10 @@ class ResumableCheckpoint(Checkpoint):
         self._checkpoints = self._open.enter_context(checkpoints)
         monitored = {self._settings.monitor: self._settings.monitor_mode}
         self._state = LightningState(trainer, monitored)
+        if trainer.ckpt_path is not None:
+            _refuse_two_beginnings(str(trainer.ckpt_path), checkpoints)
         self.resumed = checkpoints.resume(self._parts(is_between_epochs=False), self._request)
         if self.resumed is not None:
-            _refuse_ckpt_path(trainer, self.resumed.step, checkpoints.url)
             self._state.restore()
         self._passed_step = self._saved_step = trainer.global_step
 
@@ -180,12 +181,12 @@ class ResumableCheckpoint(Checkpoint):
         self._open.__exit__(*sys.exc_info())
 
 
-def _refuse_ckpt_path(trainer: Trainer, step: int, url: str) -> None:
-    if trainer.ckpt_path is not None:
+def _refuse_two_beginnings(ckpt_path: str, checkpoints: CheckpointManager) -> None:
+    step = checkpoints.latest()
+    if step is not None:
         raise ConfigurationError(
-            f"fit(ckpt_path={str(trainer.ckpt_path)!r}) would undo the resume from step {step} of "
-            f"{url}. Leave ckpt_path out, or give ResumableCheckpoint another resume_from or an "
-            f"empty root",
+            f"fit(ckpt_path={ckpt_path!r}), and {checkpoints.url} has a checkpoint of step {step}: "
+            f"a training begins once. Leave ckpt_path out, or give an empty root",
             option="ckpt_path",
         )
 

@@ -217,13 +217,16 @@ class LightningState:
             self._place = {}
 
     def _begin_iteration(self, draws: dict[str, Any]) -> None:
-        self._rng.load_state_dict(draws)
-        fit_loop = self._trainer.fit_loop
-        combined = fit_loop._combined_loader
+        combined = self._trainer.fit_loop._combined_loader
         assert combined is not None
         for loader in combined.flattened:
             _set_sampler_epoch(loader, self._trainer.current_epoch)
         combined._load_state_dicts(self._place["loaders"])
+        if self._bookkeeping["is_between_epochs"]:
+            for loader in combined.flattened:
+                if getattr(loader, "next_iter_state", None) is not None:
+                    iter(loader)  # torchdata's returns to the end of the epoch that is over
+        self._rng.load_state_dict(draws)
         iter(_fetcher(self._trainer))
 
 

@@ -26,6 +26,11 @@ class Stopped(Exception):
     """The training was to end here."""
 
 
+def stop():
+    """End the training, but not the process."""
+    raise Stopped
+
+
 class Tokens(Dataset):
     def __init__(self, num_samples=NUM_SAMPLES):
         generator = torch.Generator().manual_seed(1)
@@ -41,12 +46,12 @@ class Tokens(Dataset):
 class Stop(TrainerCallback):
     """After some step, before the next one."""
 
-    def __init__(self, stop_after):
-        self._stop_after = stop_after
+    def __init__(self, stop_after, stop):
+        self._stop_after, self._stop = stop_after, stop
 
     def on_step_begin(self, args, state, control, **kwargs):
         if state.global_step == self._stop_after:
-            raise Stopped
+            self._stop()
 
 
 class Recorded(ResumableTrainer):
@@ -86,6 +91,7 @@ class Job:
     options: dict[str, Any] = field(default_factory=dict)
     num_epochs: int = 3
     callbacks: list[Any] = field(default_factory=list)
+    stop: Any = stop
 
     def run(self, stop_after=-1, resume=True, preemption=None):
         """Train to the end, or until ``stop_after`` steps."""
@@ -113,7 +119,7 @@ class Job:
                 arguments,
                 train_dataset=Tokens(),
                 eval_dataset=Tokens(4),
-                callbacks=[Stop(stop_after), *self.callbacks],
+                callbacks=[Stop(stop_after, self.stop), *self.callbacks],
                 checkpoints=checkpoints,
                 preemption=listening,
             )

@@ -24,6 +24,11 @@ class Stopped(Exception):
     """The training was to end here."""
 
 
+def stop():
+    """End the training, but not the process."""
+    raise Stopped
+
+
 class Noisy(Dataset):
     """Samples that are augmented with whatever the random numbers of the process say."""
 
@@ -84,15 +89,15 @@ class Sharded(Regression):
 class Record(Callback):
     """Keeps the loss of each batch, and stops after some step."""
 
-    def __init__(self, stop_after):
-        self.losses, self._stop_after = [], stop_after
+    def __init__(self, stop_after, stop):
+        self.losses, self._stop_after, self._stop = [], stop_after, stop
 
     def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
         self.losses.append((trainer.current_epoch, batch_idx, outputs["loss"].item()))
 
     def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
         if trainer.global_step == self._stop_after:
-            raise Stopped
+            self._stop()
 
 
 @dataclass
@@ -127,6 +132,7 @@ class Job:
     settings: dict[str, Any] = field(default_factory=dict)
     strategy: Any = None
     callbacks: list[Any] = field(default_factory=list)
+    stop: Any = stop
     fit: dict[str, Any] = field(default_factory=dict)
 
     def run(self, stop_after=-1, **callback_options):
@@ -137,7 +143,7 @@ class Job:
 
     def _run(self, stop_after, callback_options):
         seed_everything(3, verbose=False)
-        record = Record(stop_after)
+        record = Record(stop_after, self.stop)
         settings = Settings(
             save_interval=self.save_interval, mode=SaveMode.BLOCKING, **self.settings
         )

@@ -106,17 +106,30 @@ def test_a_notice_stops_the_job_at_a_step_that_is_saved(tmp_path, straight):
     assert_equal(resumed, straight)
 
 
-def test_a_checkpoint_of_lightning_and_one_of_the_run_are_not_mixed(tmp_path):
-    Job(tmp_path).run(8)
-    with pytest.raises(errors.ConfigurationError, match="ckpt_path") as caught:
-        Job(tmp_path, fit={"ckpt_path": "some.ckpt"}).run()
+class SaveByLightning(Callback):
+    """Writes a checkpoint of Lightning's own when the training begins."""
+
+    def __init__(self, path):
+        self._path = path
+
+    def on_train_start(self, trainer, pl_module):
+        trainer.save_checkpoint(self._path)
+
+
+def test_a_run_may_begin_from_a_checkpoint_of_lightning_and_then_goes_on_from_its_own(tmp_path):
+    path = tmp_path / "lightning.ckpt"
+    Job(tmp_path / "before", callbacks=[SaveByLightning(path)]).run(1)
+    job = Job(tmp_path / "run", fit={"ckpt_path": path, "weights_only": False})
+    job.run(5)
+    with pytest.raises(errors.ConfigurationError, match="has a checkpoint of step 3") as caught:
+        job.run()
     assert caught.value.option == "ckpt_path"
 
 
 def test_another_batch_size_in_the_middle_of_an_epoch_is_refused(tmp_path):
     Job(tmp_path).run(8)
     job = Job(tmp_path, loader=lambda: DataLoader(Noisy(), 4, shuffle=True))
-    with pytest.raises(errors.ConfigurationError, match="with 10 batches .* has 5 now"):
+    with pytest.raises(errors.ConfigurationError, match=r"with 10 batches .* has 5 now"):
         job.run()
 
 
