@@ -111,7 +111,8 @@ class AcceleratedRun:
                 self._dump_place,
                 self._take_place,
                 derive=lambda step: self._rng.derive({}, step),
-                bound_to=self._bound_to,
+                is_bound=not self._is_between_epochs,
+                bound_to={"gradient_accumulation_steps": accelerator.gradient_accumulation_steps},
             ),
         }
 
@@ -146,11 +147,6 @@ class AcceleratedRun:
     @property
     def _is_between_epochs(self) -> bool:
         return self._used == 0 or self._used == len(self._loader)
-
-    def _bound_to(self) -> dict[str, int]:
-        """In the middle of an epoch, each rank has used some of its batches."""
-        accumulated = self._accelerator.gradient_accumulation_steps
-        return {} if self._is_between_epochs else {"gradient_accumulation_steps": accumulated}
 
 
 def _check_length(was: int, now: int) -> None:

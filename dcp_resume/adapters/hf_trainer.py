@@ -88,7 +88,7 @@ class ResumableTrainerMixin(_Base):
         Raises:
             DcpResumeError: As ``CheckpointManager.resume`` and ``save``.
         """
-        asked = resume_from_checkpoint
+        asked, self._progress = resume_from_checkpoint, LocalProgress()
         self._request = None if asked in (None, False) else "latest" if asked is True else asked
         return super().train(None, *args, **kwargs)
 
@@ -179,7 +179,8 @@ class ResumableTrainerMixin(_Base):
                 self._dump_place,
                 self._take_place,
                 derive=self._rng_of_step,
-                bound_to=lambda: {
+                is_bound=True,
+                bound_to={
                     "steps_per_epoch": self._steps_per_epoch,
                     "gradient_accumulation_steps": self.args.gradient_accumulation_steps,
                 },

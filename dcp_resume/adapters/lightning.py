@@ -16,6 +16,8 @@ from typing import Any
 from lightning.fabric.wrappers import _unwrap_objects
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Checkpoint
+from torch.nn import Module
+from torch.optim import Optimizer
 from typing_extensions import override
 
 from dcp_resume.adapters.lightning_state import LightningState, check_loaders
@@ -87,7 +89,6 @@ class ResumableCheckpoint(Checkpoint):
         self.resumed = checkpoints.resume(self._parts(is_between_epochs=False), self._request)
         if self.resumed is not None:
             self._state.restore()
-        self._passed_step = self._saved_step = trainer.global_step
 
     @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -98,6 +99,7 @@ class ResumableCheckpoint(Checkpoint):
         """
         check_loaders(trainer)
         self._state.return_to_place()
+        self._passed_step = self._saved_step = trainer.global_step
         if self._preemption_settings is not None:  # after Lightning's own handlers of signals
             preemption = Preemption(self._checkpoints, self._preemption_settings)
             self._preemption = self._open.enter_context(preemption)
@@ -168,7 +170,8 @@ class ResumableCheckpoint(Checkpoint):
             self._preemption.save_and_exit(step, parts)
         # Manual optimization may take several steps a batch.
         is_due = any(self._checkpoints.should_save(n) for n in range(before + 1, step + 1))
-        if is_due or step == trainer.max_steps:
+        is_last = trainer.should_stop and trainer.fit_loop._can_stop_early
+        if is_due or is_last or step == trainer.max_steps:
             self._save(trainer, is_between_epochs=is_between_epochs)
 
     def _save(self, trainer: Trainer, *, is_between_epochs: bool) -> None:
@@ -195,6 +198,13 @@ def behind_fabric(state: Mapping[str, Any]) -> dict[str, Any]:
     """What lies behind the wrappers of ``fabric.setup``, as ``CheckpointManager`` wants it.
 
     Args:
-        state: What one would hand to ``fabric.save``.
+        state: As for the manager; modules and optimizers, alone or in lists, may be Fabric's.
     """
-    return {key: _unwrap_objects(value) for key, value in state.items()}
+    return {key: _unwrapped(value) for key, value in state.items()}
+
+
+def _unwrapped(value: Any) -> Any:
+    if isinstance(value, (list, tuple)):
+        return [_unwrapped(item) for item in value]
+    # Anything else would be copied, and a load would go into the copy.
+    return _unwrap_objects(value) if isinstance(value, (Module, Optimizer)) else value

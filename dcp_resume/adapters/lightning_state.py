@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import warnings
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -66,7 +67,7 @@ class LightningState:
             ["optim"] if len(optimizers) == 1 else [f"optim_{n}" for n in range(len(optimizers))]
         )
         return {
-            "model": trainer.strategy.model or trainer.lightning_module,
+            "model": trainer.strategy.model,
             **dict(zip(names, optimizers, strict=True)),
             "trainer": self._progress,
             "lightning": WholeValue("lightning", self._dump, self._take_bookkeeping),
@@ -75,7 +76,8 @@ class LightningState:
                 self._dump_place,
                 self._take_place,
                 derive=self._derive_place,
-                bound_to=self._bound_to,
+                is_bound=not is_between_epochs,
+                bound_to={"accumulate_grad_batches": trainer.accumulate_grad_batches},
             ),
         }
 
@@ -108,7 +110,6 @@ class LightningState:
             "loops": connector._get_loops_state_dict(),
             "callbacks": call._call_callbacks_state_dict(trainer),
             "lr_schedulers": [c.scheduler.state_dict() for c in trainer.lr_scheduler_configs],
-            "should_stop": trainer.should_stop,
             "is_between_epochs": self._is_between_epochs,
         }
         found["loops"]["fit_loop"]["state_dict"].pop("combined_loader", None)
@@ -133,11 +134,6 @@ class LightningState:
             "metrics": dict(self._trainer.callback_metrics),
             "num_batches": self._trainer.num_training_batches,
         }
-
-    def _bound_to(self) -> dict[str, int]:
-        """In the middle of an epoch, each rank has used some of its batches."""
-        accumulated = self._trainer.accumulate_grad_batches
-        return {} if self._is_between_epochs else {"accumulate_grad_batches": accumulated}
 
     # Loading.
 
@@ -166,7 +162,6 @@ class LightningState:
         connector.restore_loops()
         connector.restore_lr_schedulers()
         connector._loaded_checkpoint = {}
-        trainer.should_stop = saved["should_stop"]
         if saved["is_between_epochs"]:
             self._begin_next_epoch()
         self._rng.load_state_dict(self._draws.at_fit_start)
@@ -206,6 +201,8 @@ class LightningState:
             if next(fetcher, None) is None:
                 _check_length(used, number)
         fetcher.fetched = 0  # the loop adds what was used
+        # It warns of what was just seen to.
+        warnings.filterwarnings("ignore", "You're resuming from a checkpoint that ended before the")
         fit_loop._restarting = False  # else plateau schedulers are left out at the epoch's end
         self._rng.load_state_dict(self._place["now"])
         self._place = {}

@@ -9,6 +9,9 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, ClassVar
 
+import torch
+from torch.utils._pytree import tree_map
+
 from dcp_resume.format.leaves import decode_leaf, encode_leaf
 from dcp_resume.manifest.report import ReportItem, Severity
 from dcp_resume.session.ranks import place_in_world
@@ -36,7 +39,7 @@ class WholeValue:
         Raises:
             UnsupportedLeaf: It holds something that has no form without pickle.
         """
-        return {"value": [encode_leaf(self._get(), self._name)]}
+        return {"value": [encode_leaf(tree_map(_on_host, self._get()), self._name)]}
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         """Hand the saved value over.
@@ -57,8 +60,9 @@ class WholeOfRank(WholeValue):
         put: Takes what this rank saved.
         derive: Called with the step instead of ``put`` where the number of ranks changed, and the
             value is not bound.
-        bound_to: What the value means nothing without, by name; equal on all ranks. Empty if any
-            number of ranks can go on from it.
+        is_bound: Whether the value is of no use to another number of ranks, or where another number
+            in ``bound_to`` changed.
+        bound_to: Numbers by name, equal on all ranks.
     """
 
     of_coordinator: ClassVar[tuple[str, ...]] = ()
@@ -71,10 +75,12 @@ class WholeOfRank(WholeValue):
         put: Callable[[Any], object],
         *,
         derive: Callable[[int], object],
-        bound_to: Callable[[], Mapping[str, int]],
+        is_bound: bool,
+        bound_to: Mapping[str, int],
     ) -> None:
         super().__init__(name, get, put)
-        self._derive, self._bound_to = derive, bound_to
+        self._derive, self._is_bound = derive, is_bound
+        self._bound_to = {"num_ranks": place_in_world()[1], **bound_to}
 
     def state_dict(self) -> dict[str, Any]:
         """The value of this rank, and what it depends on.
@@ -82,26 +88,30 @@ class WholeOfRank(WholeValue):
         Raises:
             UnsupportedLeaf: It holds something that has no form without pickle.
         """
-        bound_to = [dict(self._bound_to())]
-        return {"num_ranks": place_in_world()[1], "bound_to": bound_to, **super().state_dict()}
+        return {"is_bound": self._is_bound, **self._bound_to, **super().state_dict()}
 
     def differences(self, saved: Mapping[str, Any]) -> Iterator[ReportItem]:
         """Whether each rank can go on with its own value."""
-        [bound_to] = saved.get("bound_to", [{}])
-        was = {"num_ranks": saved.get("num_ranks"), **bound_to}
-        now = {"num_ranks": place_in_world()[1], **self._bound_to()}
-        changed = [name for name in was if name in now and was[name] != now[name]]
-        for name in changed if bound_to else ():
+        if saved.get("is_bound"):
+            for name, now in self._bound_to.items():
+                if saved.get(name) != now:
+                    message = (
+                        f"saved with {saved.get(name)}, now {now}: batches are counted by each "
+                        f"rank; resume with {saved.get(name)}"
+                    )
+                    yield ReportItem(Severity.REFUSE, "position", name, message)
+        elif saved.get("num_ranks") != self._bound_to["num_ranks"]:
             message = (
-                f"saved with {was[name]}, now {now[name]}: the place in the data is counted in "
-                f"batches of each rank; resume with {was[name]}"
+                f"saved by {saved.get('num_ranks')} rank(s), now {self._bound_to['num_ranks']}: "
+                f"random numbers are derived anew"
             )
-            yield ReportItem(Severity.REFUSE, "position", name, message)
-        if changed and not bound_to:
-            message = f"saved by {was['num_ranks']} rank(s), now {now['num_ranks']}: random numbers"
-            yield ReportItem(Severity.WARN, "rng", "", f"{message} are derived anew")
+            yield ReportItem(Severity.WARN, "rng", "", message)
 
     def derive(self, saved: Mapping[str, Any], step: int) -> None:
         """Go on without the value of this rank."""
         del saved
         self._derive(step)
+
+
+def _on_host(value: Any) -> Any:
+    return value.detach().cpu() if isinstance(value, torch.Tensor) else value

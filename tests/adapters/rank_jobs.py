@@ -72,3 +72,17 @@ def accelerate_runs(root: str) -> Any:
 
     with launched():
         return three_runs(lambda place: Job(place, 2), root, 7)
+
+
+def accelerate_stopped(root: str, save_interval: int, stop_after: int) -> None:
+    from tests.adapters.accelerate_job import Job
+
+    with launched():
+        Job(Path(root), save_interval).run(stop_after)
+
+
+def accelerate_resumed(root: str) -> Any:
+    from tests.adapters.accelerate_job import Job
+
+    with launched():
+        return Job(Path(root), 1000).run()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 
 from tests.adapters import rank_jobs, test_accelerate, test_hf_trainer, test_lightning
+from tests.support.ranks import RanksFailed
 
 pytestmark = pytest.mark.ranks
 
@@ -27,3 +28,15 @@ def test_a_resumed_run_equals_one_that_was_never_stopped(
         assert stopped.losses == straight.losses[: len(stopped.losses)]
         assert resumed.resumed_step == resumed_step
         assert_equal(resumed, straight)
+
+
+def test_another_number_of_ranks_goes_on_between_two_epochs_and_nowhere_else(ranks, tmp_path):
+    between, within = str(tmp_path / "between"), str(tmp_path / "within")
+    ranks.run(rank_jobs.accelerate_stopped, 2, between, 5, 6)  # an epoch has five steps
+    ranks.run(rank_jobs.accelerate_stopped, 2, within, 3, 4)
+
+    [resumed] = ranks.run(rank_jobs.accelerate_resumed, 1, between)
+    assert (resumed.resumed_step, len(resumed.losses)) == (5, 2 * 10)
+
+    with pytest.raises(RanksFailed, match="num_ranks: saved with 2, now 1"):
+        ranks.run(rank_jobs.accelerate_resumed, 1, within)
