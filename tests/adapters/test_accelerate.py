@@ -7,6 +7,8 @@ import torch
 
 from tests.adapters.accelerate_job import Job
 
+pytestmark = pytest.mark.adapters
+
 
 def assert_equal(resumed, straight):
     assert resumed.losses == straight.losses[len(straight.losses) - len(resumed.losses) :]

@@ -7,7 +7,7 @@ import pytest
 from tests.adapters import rank_jobs, test_accelerate, test_hf_trainer, test_lightning
 from tests.support.ranks import RanksFailed
 
-pytestmark = pytest.mark.ranks
+pytestmark = [pytest.mark.ranks, pytest.mark.adapters]
 
 
 @pytest.mark.parametrize(

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 from lightning.fabric import Fabric, seed_everything
 
 from dcp_resume import CheckpointManager, RngState, SaveMode, Settings, TrainerState
 from dcp_resume.adapters.lightning import behind_fabric
 from dcp_resume.data import ResumableLoader, ResumableSampler
+
+pytestmark = pytest.mark.adapters
 
 
 def train(root, stop_after):

@@ -12,6 +12,8 @@ from dcp_resume import CheckpointManager, Preemption, PreemptionSettings, errors
 from tests.adapters.breaks import damage_newest, kill_after
 from tests.adapters.hf_job import Job
 
+pytestmark = pytest.mark.adapters
+
 
 def assert_equal(resumed, straight):
     assert resumed.losses == straight.losses[len(straight.losses) - len(resumed.losses) :]

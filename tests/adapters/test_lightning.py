@@ -14,6 +14,8 @@ from dcp_resume import PreemptionSettings, errors
 from tests.adapters.breaks import damage_newest, kill_after
 from tests.adapters.lightning_job import BATCH, Job, Noisy
 
+pytestmark = pytest.mark.adapters
+
 
 def assert_equal(resumed, straight):
     assert resumed.losses == straight.losses[len(straight.losses) - len(resumed.losses) :]
