@@ -35,11 +35,11 @@ __all__ = ["ResumableCheckpoint", "behind_fabric"]
 class ResumableCheckpoint(Checkpoint):
     """Saves a ``lightning.Trainer`` through a ``CheckpointManager``, and resumes it in ``fit``.
 
-    It takes the place of ``ModelCheckpoint``, with any strategy whose model and optimizers
-    ``CheckpointManager`` takes: one device, DDP, FSDP, ``ModelParallelStrategy``. Steps are
-    optimizer steps, ``trainer.global_step``; saved are those of ``save_interval``, and the last.
-    A save that falls on the last batch of an epoch is taken when the next epoch begins, after
-    validation and schedulers.
+    It takes the place of ``ModelCheckpoint``, with any strategy that leaves model and optimizers to
+    torch: one device, DDP, FSDP, ``ModelParallelStrategy``. Steps are optimizer steps,
+    ``trainer.global_step``; saved are those of ``save_interval``, and the last. A save that falls
+    on the last batch of an epoch is taken when the next epoch begins, after validation and
+    schedulers.
 
     Args:
         url: Root of the run.
@@ -77,9 +77,16 @@ class ResumableCheckpoint(Checkpoint):
         """Take the run over, and load.
 
         Raises:
-            ConfigurationError: ``ckpt_path`` was given too, and the run has a checkpoint.
+            ConfigurationError: ``ckpt_path`` was given too, and the run has a checkpoint; or the
+                strategy keeps its optimizers to itself.
             DcpResumeError: As ``CheckpointManager.resume``.
         """
+        if not trainer.strategy.lightning_restore_optimizer:
+            raise ConfigurationError(
+                f"{type(trainer.strategy).__name__} keeps its optimizers to itself; use DDP or "
+                f"ModelParallelStrategy",
+                option="strategy",
+            )
         checkpoints = CheckpointManager(self._url, self._settings, **self._facts)
         self._checkpoints = self._open.enter_context(checkpoints)
         monitored = {self._settings.monitor: self._settings.monitor_mode}

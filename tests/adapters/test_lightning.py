@@ -7,12 +7,13 @@ import signal
 import pytest
 import torch
 from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.strategies import SingleDeviceStrategy
 from torch.utils.data import DataLoader
 from torchdata.stateful_dataloader import StatefulDataLoader
 
 from dcp_resume import PreemptionSettings, errors
 from tests.adapters.breaks import damage_newest, kill_after
-from tests.adapters.lightning_job import BATCH, Job, Noisy
+from tests.adapters.lightning_job import BATCH, Job, Noisy, Regression
 
 pytestmark = pytest.mark.adapters
 
@@ -151,3 +152,48 @@ def test_loaders_of_two_kinds_are_refused(tmp_path):
     job = Job(tmp_path, loader=lambda: [stateful(), workers()])
     with pytest.raises(errors.ConfigurationError, match="use one kind"):
         job.run()
+
+
+class Secretive(SingleDeviceStrategy):
+    """Restores its optimizers itself, as DeepSpeed's does."""
+
+    @property
+    def lightning_restore_optimizer(self):
+        return False
+
+
+def test_a_strategy_that_keeps_its_optimizers_to_itself_is_refused(tmp_path):
+    job = Job(tmp_path, options={"accelerator": "auto"}, strategy=lambda: Secretive("cpu"))
+    with pytest.raises(errors.ConfigurationError, match="Secretive keeps") as caught:
+        job.run()
+    assert caught.value.option == "strategy"
+
+
+class Adversaries(Regression):
+    """Two optimizers, each of some of the parameters, stepped by hand."""
+
+    def __init__(self):
+        super().__init__()
+        self.automatic_optimization = False
+
+    def training_step(self, batch, batch_idx):
+        optimizers = self.optimizers()
+        optimizer = optimizers[batch_idx % 2]
+        loss = self._loss(batch)
+        self.manual_backward(loss)
+        optimizer.step()
+        self.zero_grad()
+        return {"loss": loss}
+
+    def configure_optimizers(self):
+        layers = (self.layers[0], self.layers[3])
+        return [torch.optim.Adam(layer.parameters(), lr=1e-2) for layer in layers]
+
+
+def test_several_optimizers_and_steps_by_hand_resume_too(tmp_path):
+    job = {"model": Adversaries, "validates": False}
+    straight = Job(tmp_path / "straight", **job).run()
+    Job(tmp_path / "stopped", **job).run(14)
+    resumed = Job(tmp_path / "stopped", **job).run()
+    assert resumed.resumed_step == 12
+    assert_equal(resumed, straight)
