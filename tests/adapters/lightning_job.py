@@ -131,6 +131,7 @@ class Job:
     model: Any = Regression
     settings: dict[str, Any] = field(default_factory=dict)
     strategy: Any = None
+    seed: int = 3
     callbacks: list[Any] = field(default_factory=list)
     stop: Any = stop
     fit: dict[str, Any] = field(default_factory=dict)
@@ -142,7 +143,7 @@ class Job:
             return self._run(stop_after, callback_options)
 
     def _run(self, stop_after, callback_options):
-        seed_everything(3, verbose=False)
+        seed_everything(self.seed, verbose=False)
         record = Record(stop_after, self.stop)
         settings = Settings(
             save_interval=self.save_interval, mode=SaveMode.BLOCKING, **self.settings

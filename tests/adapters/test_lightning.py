@@ -41,7 +41,8 @@ def workers():
         ({"options": {"accumulate_grad_batches": 3}}, 4, 3),
         ({"save_interval": 5}, 13, 10),  # between two epochs
         ({"save_interval": 5, "options": {"max_steps": 27}}, 13, 10),
-        ({"options": {"val_check_interval": 3}}, 8, 6),  # after a validation
+        # After a validation whose metric a scheduler looks at when the epoch ends.
+        ({"options": {"val_check_interval": 3}}, 9, 9),
         ({"validates": False, "loader": workers}, 14, 12),
         ({"validates": False, "loader": stateful}, 8, 6),
         ({"validates": False, "loader": stateful}, 14, 12),
@@ -78,6 +79,13 @@ def test_a_damaged_checkpoint_is_passed_over(tmp_path, straight):
     damage_newest(tmp_path)
     resumed = Job(tmp_path).run()
     assert resumed.resumed_step == 3
+    assert_equal(resumed, straight)
+
+
+def test_a_resumed_run_does_not_depend_on_its_seed(tmp_path, straight):
+    Job(tmp_path).run(8)
+    resumed = Job(tmp_path, seed=99).run()
+    assert resumed.resumed_step == 6
     assert_equal(resumed, straight)
 
 
