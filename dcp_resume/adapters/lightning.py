@@ -77,16 +77,9 @@ class ResumableCheckpoint(Checkpoint):
         """Take the run over, and load.
 
         Raises:
-            ConfigurationError: ``ckpt_path`` was given too, and the run has a checkpoint; or the
-                strategy keeps its optimizers to itself.
+            ConfigurationError: ``ckpt_path`` was given too, and the run has a checkpoint.
             DcpResumeError: As ``CheckpointManager.resume``.
         """
-        if not trainer.strategy.lightning_restore_optimizer:
-            raise ConfigurationError(
-                f"{type(trainer.strategy).__name__} keeps its optimizers to itself; use DDP or "
-                f"ModelParallelStrategy",
-                option="strategy",
-            )
         checkpoints = CheckpointManager(self._url, self._settings, **self._facts)
         self._checkpoints = self._open.enter_context(checkpoints)
         monitored = {self._settings.monitor: self._settings.monitor_mode}

@@ -7,7 +7,6 @@ import signal
 import pytest
 import torch
 from lightning.pytorch.callbacks import Callback
-from lightning.pytorch.strategies import SingleDeviceStrategy
 from torch.utils.data import DataLoader
 from torchdata.stateful_dataloader import StatefulDataLoader
 
@@ -160,21 +159,6 @@ def test_loaders_of_two_kinds_are_refused(tmp_path):
     job = Job(tmp_path, loader=lambda: [stateful(), workers()])
     with pytest.raises(errors.ConfigurationError, match="use one kind"):
         job.run()
-
-
-class Secretive(SingleDeviceStrategy):
-    """Restores its optimizers itself, as DeepSpeed's does."""
-
-    @property
-    def lightning_restore_optimizer(self):
-        return False
-
-
-def test_a_strategy_that_keeps_its_optimizers_to_itself_is_refused(tmp_path):
-    job = Job(tmp_path, options={"accelerator": "auto"}, strategy=lambda: Secretive("cpu"))
-    with pytest.raises(errors.ConfigurationError, match="Secretive keeps") as caught:
-        job.run()
-    assert caught.value.option == "strategy"
 
 
 class Adversaries(Regression):
