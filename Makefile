@@ -9,7 +9,7 @@ export OMP_NUM_THREADS ?= 1
 
 .DEFAULT_GOAL := help
 .PHONY: help setup demo demo-s3 test test-ranks test-s3 test-ceph test-all lint check ci
-.PHONY: campaign-preemption fuzz docs-lint docker-lint site views package-check
+.PHONY: campaign-preemption fuzz docs-lint docker-lint site views package-check test-adapters
 .PHONY: campaign campaign-bit-flips campaign-hosts campaign-incarnations campaign-incremental
 .PHONY: campaign-power-cut
 
@@ -30,10 +30,13 @@ demo-s3:  ## the same on a real S3 server, started for the demo
 	$(PY) examples/demo.py --storage s3
 
 test:  ## unit, property and contract tests: no ranks, no S3 server; under a minute
-	$(PYTEST) -m 'not ranks and not s3 and not torchrun'
+	$(PYTEST) -m 'not ranks and not s3 and not torchrun and not adapters'
 
 test-ranks:  ## several processes: meshes, crashes, torchrun jobs
-	$(PYTEST) -m 'ranks or torchrun'
+	$(PYTEST) -m '(ranks or torchrun) and not adapters'
+
+test-adapters:  ## on Lightning's, transformers' and Accelerate's own trainers
+	$(PYTEST) -m adapters
 
 test-s3:  ## against the S3 server process
 	$(PYTEST) -m s3

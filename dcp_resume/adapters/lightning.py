@@ -1,0 +1,210 @@
+"""Lightning: a callback for its ``Trainer``, and one function for ``Fabric``.
+
+trainer = Trainer(callbacks=[ResumableCheckpoint("runs/a", Settings(save_interval=100))])
+trainer.fit(model, loader)   # start the same again: it goes on
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Mapping
+from contextlib import ExitStack
+from types import MappingProxyType
+from typing import Any
+
+from lightning.fabric.wrappers import _unwrap_objects
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.callbacks import Checkpoint
+from torch.nn import Module
+from torch.optim import Optimizer
+from typing_extensions import override
+
+from dcp_resume.adapters.lightning_state import LightningState, check_loaders
+from dcp_resume.errors import ConfigurationError
+from dcp_resume.manager.checkpoint_manager import CheckpointManager
+from dcp_resume.manager.choosing import Request
+from dcp_resume.manager.preemption import Preemption
+from dcp_resume.manager.preemption_settings import PreemptionSettings
+from dcp_resume.manager.settings import Settings
+from dcp_resume.session.load import LoadResult
+
+__all__ = ["ResumableCheckpoint", "behind_fabric"]
+
+
+class ResumableCheckpoint(Checkpoint):
+    """Saves a ``lightning.Trainer`` through a ``CheckpointManager``, and resumes it in ``fit``.
+
+    It takes the place of ``ModelCheckpoint``, with any strategy that leaves model and optimizers to
+    torch: one device, DDP, FSDP, ``ModelParallelStrategy``. Steps are optimizer steps,
+    ``trainer.global_step``; saved are those of ``save_interval``, and the last. A save that falls
+    on the last batch of an epoch is taken when the next epoch begins, after validation and
+    schedulers.
+
+    Args:
+        url: Root of the run.
+        settings: Of the manager.
+        resume_from: ``latest``, ``best``, a step or a tag; a run without a checkpoint begins anew
+            with ``latest``.
+        preemption: Whether and how to listen for notices; the job then leaves with its exit code.
+        model_facts: What must be equal to resume, such as layer counts.
+        data_facts: Likewise of the data.
+    """
+
+    def __init__(
+        self,
+        url: str | os.PathLike[str],
+        settings: Settings | None = None,
+        *,
+        resume_from: Request = "latest",
+        preemption: PreemptionSettings | None = None,
+        model_facts: Mapping[str, Any] = MappingProxyType({}),
+        data_facts: Mapping[str, Any] = MappingProxyType({}),
+    ) -> None:
+        self._url, self._settings = url, settings or Settings()
+        self._request, self._preemption_settings = resume_from, preemption
+        self._facts = {"model_facts": model_facts, "data_facts": data_facts}
+        self._open = ExitStack()
+        self._preemption: Preemption | None = None
+        self._passed_step = self._saved_step = 0
+        self.resumed: LoadResult | None = None
+        """What ``fit`` resumed from; None if the run had no checkpoint."""
+
+    # Hooks, in the order in which they come.
+
+    @override
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Take the run over, and load.
+
+        Raises:
+            ConfigurationError: ``ckpt_path`` was given too, and the run has a checkpoint.
+            DcpResumeError: As ``CheckpointManager.resume``.
+        """
+        checkpoints = CheckpointManager(self._url, self._settings, **self._facts)
+        self._checkpoints = self._open.enter_context(checkpoints)
+        monitored = {self._settings.monitor: self._settings.monitor_mode}
+        self._state = LightningState(trainer, monitored)
+        if trainer.ckpt_path is not None:
+            _refuse_two_beginnings(str(trainer.ckpt_path), checkpoints)
+        self.resumed = checkpoints.resume(self._parts(is_between_epochs=False), self._request)
+        if self.resumed is not None:
+            self._state.restore()
+
+    @override
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Go on with the next batch, and listen for notices.
+
+        Raises:
+            ConfigurationError: The place in the training data cannot be saved, or not be found.
+        """
+        check_loaders(trainer)
+        self._state.return_to_place()
+        self._passed_step = self._saved_step = trainer.global_step
+        if self._preemption_settings is not None:  # after Lightning's own handlers of signals
+            preemption = Preemption(self._checkpoints, self._preemption_settings)
+            self._preemption = self._open.enter_context(preemption)
+
+    @override
+    def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """The last epoch is over with all that follows it."""
+        self._state.return_to_epoch_start()
+        self._state.note_epoch_start()
+        self._pass_boundary(trainer, is_between_epochs=True)
+
+    @override
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, *args: Any, **kwargs: Any
+    ) -> None:
+        """A step may be complete."""
+        loop, fetcher = trainer.fit_loop.epoch_loop, trainer.fit_loop._data_fetcher
+        assert fetcher is not None
+        if not loop._num_ready_batches_reached() and not loop._should_check_val_fx(fetcher):
+            self._pass_boundary(trainer, is_between_epochs=False)
+
+    @override
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """A step that validation followed is complete."""
+        is_fitting = not trainer.sanity_checking and trainer.state.fn == "fit"
+        if is_fitting and not trainer.fit_loop.epoch_loop._num_ready_batches_reached():
+            self._pass_boundary(trainer, is_between_epochs=False)
+
+    @override
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Save the last step.
+
+        Raises:
+            DcpResumeError: As ``CheckpointManager.save``.
+        """
+        if trainer.global_step > self._saved_step:
+            self._save(trainer, is_between_epochs=True)
+
+    @override
+    def on_exception(
+        self, trainer: Trainer, pl_module: LightningModule, exception: BaseException
+    ) -> None:
+        """Wait for the save that runs, and let go of the run."""
+        self._close()
+
+    @override
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Wait for the save that runs, and let go of the run.
+
+        Raises:
+            SaveError: It did not commit.
+        """
+        self._close()
+
+    # Inside.
+
+    def _parts(self, *, is_between_epochs: bool) -> dict[str, Any]:
+        return self._state.parts(is_between_epochs=is_between_epochs)
+
+    def _pass_boundary(self, trainer: Trainer, *, is_between_epochs: bool) -> None:
+        """Once for each completed step."""
+        before, step = self._passed_step, trainer.global_step
+        if step == before:
+            return
+        self._passed_step = step
+        if self._preemption is not None and self._preemption.should_stop(step):
+            parts = self._parts(is_between_epochs=is_between_epochs)
+            self._preemption.save_and_exit(step, parts)
+        # Manual optimization may take several steps a batch.
+        is_due = any(self._checkpoints.should_save(n) for n in range(before + 1, step + 1))
+        is_last = trainer.should_stop and trainer.fit_loop._can_stop_early
+        if is_due or is_last or step == trainer.max_steps:
+            self._save(trainer, is_between_epochs=is_between_epochs)
+
+    def _save(self, trainer: Trainer, *, is_between_epochs: bool) -> None:
+        parts = self._parts(is_between_epochs=is_between_epochs)
+        self._checkpoints.save(trainer.global_step, parts)
+        self._saved_step = trainer.global_step
+
+    def _close(self) -> None:
+        self._preemption = None
+        self._open.__exit__(*sys.exc_info())
+
+
+def _refuse_two_beginnings(ckpt_path: str, checkpoints: CheckpointManager) -> None:
+    step = checkpoints.latest()
+    if step is not None:
+        raise ConfigurationError(
+            f"fit(ckpt_path={ckpt_path!r}), and {checkpoints.url} has a checkpoint of step {step}: "
+            f"a training begins once. Leave ckpt_path out, or give an empty root",
+            option="ckpt_path",
+        )
+
+
+def behind_fabric(state: Mapping[str, Any]) -> dict[str, Any]:
+    """What lies behind the wrappers of ``fabric.setup``, as ``CheckpointManager`` wants it.
+
+    Args:
+        state: As for the manager; modules and optimizers, alone or in lists, may be Fabric's.
+    """
+    return {key: _unwrapped(value) for key, value in state.items()}
+
+
+def _unwrapped(value: Any) -> Any:
+    if isinstance(value, (list, tuple)):
+        return [_unwrapped(item) for item in value]
+    # Anything else would be copied, and a load would go into the copy.
+    return _unwrap_objects(value) if isinstance(value, (Module, Optimizer)) else value

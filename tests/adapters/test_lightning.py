@@ -1,0 +1,191 @@
+"""Lightning's own Trainer, stopped and resumed: as if it had never been stopped."""
+
+from __future__ import annotations
+
+import signal
+
+import pytest
+import torch
+from lightning.pytorch.callbacks import Callback
+from torch.utils.data import DataLoader
+from torchdata.stateful_dataloader import StatefulDataLoader
+
+from dcp_resume import PreemptionSettings, errors
+from tests.adapters.breaks import damage_newest, kill_after
+from tests.adapters.lightning_job import BATCH, Job, Noisy, Regression
+
+pytestmark = pytest.mark.adapters
+
+
+def assert_equal(resumed, straight):
+    assert resumed.losses == straight.losses[len(straight.losses) - len(resumed.losses) :]
+    assert resumed.lr == straight.lr
+    torch.testing.assert_close(resumed.weights, straight.weights, rtol=0, atol=0)
+    torch.testing.assert_close(resumed.optimizer, straight.optimizer, rtol=0, atol=0)
+
+
+def stateful():
+    return StatefulDataLoader(Noisy(), BATCH, shuffle=True)
+
+
+def workers():
+    return DataLoader(Noisy(), BATCH, shuffle=True, num_workers=2)
+
+
+@pytest.mark.parametrize(
+    ("options", "stop_after", "resumed_step"),
+    [
+        ({}, 8, 6),  # in the first epoch
+        ({}, 14, 12),  # in the second
+        ({"options": {"accumulate_grad_batches": 3}}, 4, 3),
+        ({"save_interval": 5}, 13, 10),  # between two epochs
+        ({"save_interval": 5, "options": {"max_steps": 27}}, 13, 10),
+        # After a validation whose metric a scheduler looks at when the epoch ends.
+        ({"options": {"val_check_interval": 3}}, 9, 9),
+        ({"validates": False, "loader": workers}, 14, 12),
+        ({"validates": False, "loader": stateful}, 8, 6),
+        ({"validates": False, "loader": stateful}, 14, 12),
+        ({"validates": False, "loader": stateful, "save_interval": 5}, 13, 10),
+        ({"validates": False, "loader": workers, "save_interval": 5}, 13, 10),
+    ],
+)
+def test_a_resumed_run_equals_one_that_was_never_stopped(
+    tmp_path, options, stop_after, resumed_step
+):
+    straight = Job(tmp_path / "straight", **options).run()
+    job = Job(tmp_path / "stopped", **options)
+    stopped = job.run(stop_after)
+    assert stopped.losses == straight.losses[: len(stopped.losses)]
+    resumed = job.run()
+    assert resumed.resumed_step == resumed_step
+    assert_equal(resumed, straight)
+
+
+@pytest.fixture(scope="module")
+def straight(tmp_path_factory):
+    return Job(tmp_path_factory.mktemp("straight")).run()
+
+
+def test_a_killed_job_goes_on(tmp_path, straight):
+    kill_after("lightning", tmp_path, 14)
+    resumed = Job(tmp_path).run()
+    assert resumed.resumed_step == 12
+    assert_equal(resumed, straight)
+
+
+def test_a_damaged_checkpoint_is_passed_over(tmp_path, straight):
+    Job(tmp_path).run(8)
+    damage_newest(tmp_path)
+    resumed = Job(tmp_path).run()
+    assert resumed.resumed_step == 3
+    assert_equal(resumed, straight)
+
+
+def test_a_resumed_run_does_not_depend_on_its_seed(tmp_path, straight):
+    Job(tmp_path).run(8)
+    resumed = Job(tmp_path, seed=99).run()
+    assert resumed.resumed_step == 6
+    assert_equal(resumed, straight)
+
+
+def test_a_job_is_stopped_twice_and_ends_as_if_never(tmp_path, straight):
+    Job(tmp_path).run(14)
+    assert Job(tmp_path).run(17).resumed_step == 12
+    resumed = Job(tmp_path).run()
+    assert resumed.resumed_step == 15
+    assert_equal(resumed, straight)
+    again = Job(tmp_path).run()
+    assert (again.resumed_step, again.losses) == (30, [])
+
+
+class Notify(Callback):
+    """Sends this process the signal of a platform that wants its machine back."""
+
+    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+        if trainer.global_step == 4 and trainer.current_epoch == 0:
+            signal.raise_signal(signal.SIGUSR1)
+
+
+def test_a_notice_stops_the_job_at_a_step_that_is_saved(tmp_path, straight):
+    settings = PreemptionSettings(signals={"SIGUSR1": 30.0}, poll_s=0.01)
+    with pytest.raises(SystemExit) as left:
+        Job(tmp_path, save_interval=0, callbacks=[Notify()]).run(preemption=settings)
+    assert left.value.code == settings.exit_code
+    resumed = Job(tmp_path).run()
+    assert 4 < resumed.resumed_step < 30
+    assert_equal(resumed, straight)
+
+
+class SaveByLightning(Callback):
+    """Writes a checkpoint of Lightning's own when the training begins."""
+
+    def __init__(self, path):
+        self._path = path
+
+    def on_train_start(self, trainer, pl_module):
+        trainer.save_checkpoint(self._path)
+
+
+def test_a_run_may_begin_from_a_checkpoint_of_lightning_and_then_goes_on_from_its_own(tmp_path):
+    path = tmp_path / "lightning.ckpt"
+    Job(tmp_path / "before", callbacks=[SaveByLightning(path)]).run(1)
+    job = Job(tmp_path / "run", fit={"ckpt_path": path, "weights_only": False})
+    job.run(5)
+    with pytest.raises(errors.ConfigurationError, match="has a checkpoint of step 3") as caught:
+        job.run()
+    assert caught.value.option == "ckpt_path"
+
+
+def test_another_batch_size_in_the_middle_of_an_epoch_is_refused(tmp_path):
+    Job(tmp_path).run(8)
+    job = Job(tmp_path, loader=lambda: DataLoader(Noisy(), 4, shuffle=True))
+    with pytest.raises(errors.ConfigurationError, match=r"with 10 batches .* has 5 now"):
+        job.run()
+
+
+class Odd(Callback):
+    """State that only pickle could hold."""
+
+    def state_dict(self):
+        return {"function": print}
+
+
+def test_state_that_only_pickle_could_hold_is_refused_by_name(tmp_path):
+    with pytest.raises(errors.UnsupportedLeaf, match=r"lightning\.callbacks\.Odd\.function"):
+        Job(tmp_path, callbacks=[Odd()]).run()
+
+
+def test_loaders_of_two_kinds_are_refused(tmp_path):
+    job = Job(tmp_path, loader=lambda: [stateful(), workers()])
+    with pytest.raises(errors.ConfigurationError, match="use one kind"):
+        job.run()
+
+
+class Adversaries(Regression):
+    """Two optimizers, each of some of the parameters, stepped by hand."""
+
+    def __init__(self):
+        super().__init__()
+        self.automatic_optimization = False
+
+    def training_step(self, batch, batch_idx):
+        optimizers = self.optimizers()
+        optimizer = optimizers[batch_idx % 2]
+        loss = self._loss(batch)
+        self.manual_backward(loss)
+        optimizer.step()
+        self.zero_grad()
+        return {"loss": loss}
+
+    def configure_optimizers(self):
+        layers = (self.layers[0], self.layers[3])
+        return [torch.optim.Adam(layer.parameters(), lr=1e-2) for layer in layers]
+
+
+def test_several_optimizers_and_steps_by_hand_resume_too(tmp_path):
+    job = {"model": Adversaries, "validates": False}
+    straight = Job(tmp_path / "straight", **job).run()
+    Job(tmp_path / "stopped", **job).run(14)
+    resumed = Job(tmp_path / "stopped", **job).run()
+    assert resumed.resumed_step == 12
+    assert_equal(resumed, straight)
