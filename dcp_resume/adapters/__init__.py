@@ -1,0 +1,1 @@
+"""Other trainers' doors to the manager."""
