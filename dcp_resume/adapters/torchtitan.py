@@ -240,7 +240,7 @@ class TorchtitanCheckpointer(BaseCheckpointManager):
 
     def _save_hugging_face(self, step: int) -> None:
         stock = self._stock()
-        path = filesystem.join(self.folder, f"hf-step-{step}")
+        path = filesystem.join(self.folder, f"step-{step}")
         stock.dcp_save(self._exported(), path, stock.async_mode, to_hf=True)
 
     def _stock(self) -> StockCheckpointer:

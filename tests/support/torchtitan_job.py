@@ -171,7 +171,12 @@ def trainer_config(job: Job) -> Trainer.Config:
         metrics=Notes.Config(log_freq=1, losses=job.losses, killed_at=job.killed_at),
         parallelism=ParallelismConfig(spmd_backend="partial_dtensor", **job.parallelism),
         checkpoint=CheckpointManager.Config(
-            enable=True, folder=job.folder, last_save_model_only=False, **job.checkpoint
+            **{
+                "enable": True,
+                "folder": job.folder,
+                "last_save_model_only": False,
+                **job.checkpoint,
+            }
         ),
         activation_checkpoint=None,
         comm=CommConfig(trace_buf_size=0),
