@@ -22,6 +22,7 @@ from dcp_resume.format.leaves import encode_leaf, pack_leaves
 from dcp_resume.interop.foreign import Foreign, Source, fill_targets
 from dcp_resume.interop.formats import Format, Leftovers
 from dcp_resume.interop.opening import open_foreign
+from dcp_resume.interop.optimizer_groups import OptimizerGroups
 from dcp_resume.manifest.boxes import Box
 from dcp_resume.manifest.keys import new_attempt_id
 from dcp_resume.manifest.models import TensorEntry, TrainerFacts
@@ -160,8 +161,10 @@ class _Intake:
 
     def __init__(self, foreign: Foreign, options: ImportOptions) -> None:
         self._foreign = foreign
+        self._groups = OptimizerGroups(foreign.values)
+        values = list(self._groups.values())
         paths = [t.path for t in foreign.tensors.values()]
-        paths += [path for path, _ in foreign.values.values()]
+        paths += [path for path, _ in values]
         self._prefix: Path = ()
         self._loose: Path = ()
         if options.part is not None:
@@ -172,7 +175,7 @@ class _Intake:
             self._prefix = self._loose = ("model",)
         left = list(foreign.left)
         self.values: dict[str, tuple[Path, Any]] = {}
-        for path, value in foreign.values.values():
+        for path, value in values:
             own = self._own(path)
             try:
                 self.values[fqn_of(own)] = (own, encode_leaf(value, fqn_of(own)))
@@ -199,7 +202,7 @@ class _Intake:
             )
 
     def _own(self, path: Path) -> Path:
-        return (*(self._loose if len(path) < 2 else self._prefix), *path)
+        return (*(self._loose if len(path) < 2 else self._prefix), *self._groups.path(path))
 
     def _fqn(self, path: Path) -> str:
         return fqn_of(self._own(path))

@@ -128,9 +128,7 @@ def test_tensor_parallel_ranks_go_back_to_a_step_with_bit_equal_losses(jobs):
     assert back.losses == {step: first.losses[step] for step in range(3, STEPS + 1)}
 
 
-def test_a_run_of_torchtitans_own_checkpointer_is_imported_and_goes_on_with_bit_equal_losses(
-    jobs, whole
-):
+def test_a_run_of_torchtitans_own_is_imported_and_goes_on_with_bit_equal_losses(jobs, whole):
     stock = jobs.run("stock", checkpoint={"interval": 2}, is_stock=True, killed_at=5)
     assert stock.codes == [-signal.SIGKILL] * 2, stock.output
     refused = jobs.run("refused", folder="stock", checkpoint={"interval": 2})
@@ -148,7 +146,7 @@ def test_a_run_of_torchtitans_own_checkpointer_is_imported_and_goes_on_with_bit_
 def test_a_run_goes_back_to_torchtitans_own_checkpointer_without_the_place_in_the_data(jobs, whole):
     assert whole.codes == [0, 0]
     run = open_store(str(jobs.root / "whole"))
-    (located,) = find_checkpoints(run, "4")
+    (located,) = find_checkpoints(run, 4)
     target = str(jobs.root / "there" / "step-4")
     parts = ("model", "optimizer", "lr_scheduler", "train_state")
     export_checkpoint(run, located, target, Format.DCP, ExportOptions(parts=parts, loose="model"))

@@ -10,6 +10,7 @@ import safetensors.torch
 import torch
 import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
+from torch.distributed.checkpoint.state_dict import get_state_dict
 
 from dcp_resume import CheckpointManager, LoadOptions, errors
 from dcp_resume.interop import Format, Leftovers
@@ -174,6 +175,28 @@ def assert_same(found: dict, expected: dict) -> None:
     assert torch.equal(moments["state.w.exp_avg"], others["state.w.exp_avg"])
     assert moments["param_groups.w.betas"] == others["param_groups.w.betas"]
     assert found["train_state"] == expected["train_state"]
+
+
+def test_an_optimizer_that_was_saved_by_groups_is_loaded_into_an_optimizer(tmp_path):
+    def trainer():
+        model = torch.nn.Linear(3, 2)
+        groups = [{"params": [model.weight], "lr": 0.5}, {"params": [model.bias], "lr": 0.25}]
+        return model, torch.optim.AdamW(groups)
+
+    model, optimizer = trainer()
+    model(torch.ones(4, 3)).sum().backward()
+    optimizer.step()
+    weights, moments = get_state_dict(model, optimizer)
+    dcp.save({"model": weights, "optim": moments}, checkpoint_id=tmp_path / "dcp", no_dist=True)
+    take_in(tmp_path / "dcp", tmp_path / "run")
+    again, fresh = trainer()
+    fresh.param_groups[0]["lr"] = fresh.param_groups[1]["lr"] = 9.0
+    with CheckpointManager(tmp_path / "run") as checkpoints:
+        checkpoints.load({"model": again, "optim": fresh})
+    assert [group["lr"] for group in fresh.param_groups] == [0.5, 0.25]
+    for ours, theirs in zip(again.parameters(), model.parameters(), strict=True):
+        assert torch.equal(ours, theirs)
+        assert_equal(fresh.state[ours], optimizer.state[theirs])
 
 
 def test_a_part_that_would_give_a_name_twice_is_refused_both_ways(tmp_path):
