@@ -93,7 +93,7 @@ class TorchtitanCheckpointer(BaseCheckpointManager):
             return
         self.config = config
         self.folder = filesystem.join(base_folder, config.folder)
-        self.save_future = None
+        self.save_future: PendingSave | None = None
         self.sd_adapter = sd_adapter
         self.states = states
         self._model = ModelWrapper(model_parts)
@@ -278,4 +278,5 @@ def use_dcp_resume(config: StockCheckpointer.Config) -> TorchtitanCheckpointer.C
     Args:
         config: Of torchtitan's own checkpointer.
     """
-    return derive(config, TorchtitanCheckpointer.Config)
+    replaced: TorchtitanCheckpointer.Config = derive(config, TorchtitanCheckpointer.Config)
+    return replaced

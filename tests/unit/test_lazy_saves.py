@@ -300,7 +300,7 @@ def test_a_stateful_that_names_its_modules_and_optimizers_is_copied_late(tmp_pat
     saved = {name: p.detach().clone() for name, p in trainer.model.named_parameters()}
     state = {"model": Flattened(trainer)}
     memory = step_memory(state)
-    assert memory.owner(trainer.model[0].weight.detach()) is not None
+    assert memory.owner_of(trainer.model[0].weight.detach()) is not None
     with CheckpointManager(tmp_path, LAZY) as checkpoints:
         checkpoints.save(1, state)
         trainer.step()
