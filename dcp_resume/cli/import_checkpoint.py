@@ -29,6 +29,7 @@ _EXAMPLES = """\
   dcp-resume import model.pth runs/a
   dcp-resume import s3://bucket/weights runs/a --format safetensors --part model
   dcp-resume import checkpoints/400 runs/a --format dcp --step 400
+  dcp-resume import outputs/checkpoint/step-500 runs/a --loose model --step 500
 """
 
 
@@ -45,7 +46,11 @@ def add_parser(verbs: Verbs) -> None:
     verb.add_argument("target", metavar="RUN", help="run to commit into; made if absent")
     verb.add_argument("--format", choices=FORMATS, help="of SOURCE (default: told by its bytes)")
     verb.add_argument("--step", type=int, metavar="N", help="default: what SOURCE says, else 0")
-    verb.add_argument("--part", metavar="NAME", help="put everything into this part of the state")
+    into = verb.add_mutually_exclusive_group()
+    into.add_argument("--part", metavar="NAME", help="put everything into this part of the state")
+    into.add_argument(
+        "--loose", metavar="NAME", help="put what is not nested into this part, and keep the others"
+    )
     verb.add_argument("--drop", action="store_true", help="leave out what cannot be taken over")
     verb.add_argument(
         "--window-mib", type=int, default=64, metavar="MIB", help="memory in transit (default: 64)"
@@ -69,6 +74,7 @@ def _run(arguments: argparse.Namespace) -> int:
         format=Format(arguments.format) if arguments.format else None,
         step=arguments.step,
         part=arguments.part,
+        loose=arguments.loose,
         leftovers=Leftovers.DROP if arguments.drop else Leftovers.REFUSE,
         window_bytes=arguments.window_mib << 20,
         progress=progress,

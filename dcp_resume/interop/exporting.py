@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import math
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -60,6 +61,8 @@ class ExportOptions:
 
     parts: tuple[str, ...] = ()
     """Of the state; none for all. Names of a single part lose its name in front."""
+    loose: str | None = None
+    """Part whose names lose its name in front."""
     leftovers: Leftovers = Leftovers.REFUSE
     shard_bytes: int = 5 * 1000**3
     """Most bytes of a file of safetensors or DCP, if its tensors are smaller."""
@@ -108,7 +111,8 @@ def export_checkpoint(
         options: Parts, what to do with what does not fit, memory.
 
     Raises:
-        ConfigurationError: There is something at the target, or no such part.
+        ConfigurationError: There is something at the target, no such part, or a name that would
+            be there twice.
         Unheld: The format cannot hold part of the state; nothing was written.
         InvalidCheckpoint: The source is damaged; nothing was published.
         ExportMismatch: What was written does not read back; nothing was published.
@@ -191,20 +195,22 @@ class _Choice:
     """What of a checkpoint goes out, under which names.
 
     Raises:
-        ConfigurationError: A part that is not there.
+        ConfigurationError: A part that is not there, or a name that would be there twice.
     """
 
     def __init__(self, side: Side, form: Format, options: ExportOptions) -> None:
         self._side, self._form, self._options = side, form, options
         known = side.opened.manifest.parts
         self._parts = set(options.parts or known)
-        unknown = sorted(self._parts - set(known))
+        loose = () if options.loose is None else (options.loose,)
+        unknown = sorted({*options.parts, *loose} - set(known))
         if unknown:
             raise ConfigurationError(
                 f"no part {unknown[0]!r} in this checkpoint, which has {', '.join(known)}",
                 option="parts",
             )
-        self._is_bare = len(options.parts) == 1 and form is not Format.INFINITRAIN
+        is_single = len(options.parts) == 1 and form is not Format.INFINITRAIN
+        self._bare = {*loose, *(options.parts if is_single else ())}
         self._dropped: list[Problem] = []
 
     def outgoing(self) -> tuple[Outgoing, list[Problem]]:
@@ -222,9 +228,11 @@ class _Choice:
             else:
                 ties[tensor.name] = tensor.path, first[number]
         manifest = self._side.opened.manifest
+        values = self._values()
+        self._check_names([*(tensor.name for tensor in tensors), *ties, *values])
         outgoing = Outgoing(
             tensors=tuple(tensors),
-            values=self._values(),
+            values=values,
             ties=ties,
             step=manifest.step,
             trainer=manifest.trainer.model_dump(),
@@ -236,13 +244,22 @@ class _Choice:
                 self._dropped.append(Problem(part, "per_rank", "it has values of each rank's own"))
         return outgoing, self._dropped
 
+    def _check_names(self, names: list[str]) -> None:
+        twice = [name for name, count in Counter(names).items() if count > 1]
+        if twice:
+            raise ConfigurationError(
+                f"{twice[0]!r} would be there twice, once of {self._options.loose!r} without its "
+                f"name in front; export that part alone",
+                option="loose",
+            )
+
     def _tensor(self, fqn: str, entry: TensorEntry) -> OutgoingTensor:
         shape, path = logical_shape(entry), self._path(entry.path)
         stored = StoredBox(fqn, Box.whole(shape), ITEMSIZES[entry.dtype])
         return OutgoingTensor(fqn_of(path), path, fqn, entry.dtype, shape, stored)
 
     def _path(self, path: Path) -> Path:
-        return path[1:] if self._is_bare and len(path) > 1 else path
+        return path[1:] if part_of(path) in self._bare and len(path) > 1 else path
 
     def _holds(self, entry: TensorEntry) -> bool:
         reason = ""

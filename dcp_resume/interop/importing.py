@@ -8,19 +8,21 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
-from dcp_resume.errors import Problem, Unheld, UnsupportedLeaf
+from dcp_resume.errors import ConfigurationError, Problem, Unheld, UnsupportedLeaf
 from dcp_resume.format.digests import DigestAlgorithm
 from dcp_resume.format.dtypes import DTYPES
 from dcp_resume.format.leaves import encode_leaf, pack_leaves
 from dcp_resume.interop.foreign import Foreign, Source, fill_targets
 from dcp_resume.interop.formats import Format, Leftovers
 from dcp_resume.interop.opening import open_foreign
+from dcp_resume.interop.optimizer_groups import OptimizerGroups
 from dcp_resume.manifest.boxes import Box
 from dcp_resume.manifest.keys import new_attempt_id
 from dcp_resume.manifest.models import TensorEntry, TrainerFacts
@@ -58,6 +60,8 @@ class ImportOptions:
     part: str | None = None
     """Put everything into this part; None to take parts from the source where all its names are
     nested, and ``model`` else."""
+    loose: str | None = None
+    """Put what is not nested into this part, and take the other parts from the source."""
     leftovers: Leftovers = Leftovers.REFUSE
     tensor_digests: TensorDigests = TensorDigests.RECORD
     window_bytes: int = 64 * 1024 * 1024
@@ -103,6 +107,7 @@ def import_checkpoint(
         ForeignFormat: It is of another format, or of none that is known.
         ForeignDamage: It contradicts itself, is cut short, or names what is outside of it.
         Unheld: It holds objects that are never executed, and the policy is to refuse.
+        ConfigurationError: ``loose`` would give two tensors or values one name.
         UnsupportedStore: The target lacks exclusive create.
         CommitRefused: The target's log forbids the commit.
         CommitUnknown: The commit's outcome could not be learned in time.
@@ -151,21 +156,27 @@ class _Intake:
 
     Raises:
         Unheld: It holds what cannot be taken over, and the policy is to refuse.
+        ConfigurationError: A name would be there twice.
     """
 
     def __init__(self, foreign: Foreign, options: ImportOptions) -> None:
         self._foreign = foreign
+        self._groups = OptimizerGroups(foreign.values)
+        values = list(self._groups.values())
         paths = [t.path for t in foreign.tensors.values()]
-        paths += [path for path, _ in foreign.values.values()]
+        paths += [path for path, _ in values]
         self._prefix: Path = ()
+        self._loose: Path = ()
         if options.part is not None:
-            self._prefix = (options.part,)
+            self._prefix = self._loose = (options.part,)
+        elif options.loose is not None:
+            self._loose = (options.loose,)
         elif any(len(path) < 2 for path in paths):
-            self._prefix = ("model",)
+            self._prefix = self._loose = ("model",)
         left = list(foreign.left)
         self.values: dict[str, tuple[Path, Any]] = {}
-        for path, value in foreign.values.values():
-            own = (*self._prefix, *path)
+        for path, value in values:
+            own = self._own(path)
             try:
                 self.values[fqn_of(own)] = (own, encode_leaf(value, fqn_of(own)))
             except UnsupportedLeaf as error:
@@ -179,9 +190,22 @@ class _Intake:
                 problems=self.left,
             )
         self._names = {self._fqn(t.path): name for name, t in foreign.tensors.items()}
+        self._check_names(paths)
+
+    def _check_names(self, paths: Iterable[Path]) -> None:
+        twice = [name for name, count in Counter(map(self._fqn, paths)).items() if count > 1]
+        if twice:
+            raise ConfigurationError(
+                f"{twice[0]!r} would be there twice, nested and not; put what is not nested into "
+                f"another part",
+                option="loose",
+            )
+
+    def _own(self, path: Path) -> Path:
+        return (*(self._loose if len(path) < 2 else self._prefix), *self._groups.path(path))
 
     def _fqn(self, path: Path) -> str:
-        return fqn_of((*self._prefix, *path))
+        return fqn_of(self._own(path))
 
     def local_plan(self) -> LocalPlan:
         """What the one rank that imports offers to write."""
@@ -189,7 +213,7 @@ class _Intake:
         boxes: list[Box] = []
         tensor: list[int] = []
         for name, found in self._foreign.tensors.items():
-            path = (*self._prefix, *found.path)
+            path = self._own(found.path)
             entry = plain_entry(path, DTYPES[found.dtype].torch_dtype, found.shape)
             first = self._foreign.ties.get(name)
             if first is not None:

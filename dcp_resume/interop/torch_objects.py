@@ -115,6 +115,8 @@ class _Reading:
             return torch.Size(_integers(args[0]))
         if node.name == "builtins.set":
             return set(self.plain(args[0] if args else node.items, depth + 1))
+        if node.name == "_codecs.encode" and args[1:] == ("latin1",) and type(args[0]) is str:
+            return args[0].encode("latin1")  # bytes, as protocol 2 has them
         if node.name == "builtins.complex" and all(type(arg) is float for arg in args):
             return complex(*args)
         return Unknown(node.name or "an object")

@@ -12,10 +12,11 @@ from typing import Any
 
 import torch
 
-from dcp_resume.manager.optimizers import EXECUTION, inner_optimizer
+from dcp_resume.manager.optimizers import inner_optimizer
 from dcp_resume.manager.stateful import optimizers_of
 from dcp_resume.manifest.models import Manifest
 from dcp_resume.manifest.report import ReportItem, Severity
+from dcp_resume.planning.parameters import EXECUTION
 from dcp_resume.session.documents import Facts, software
 
 __all__ = ["fact_differences", "optimizer_facts", "precision_facts"]

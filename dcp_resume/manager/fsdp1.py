@@ -19,7 +19,8 @@ from torch.distributed.fsdp import FullyShardedDataParallel
 from torch.nn import Module
 from torch.optim import Optimizer
 
-from dcp_resume.manager.optimizers import EXECUTION, StoredPart, merge_disjoint
+from dcp_resume.manager.optimizers import StoredPart, merge_disjoint
+from dcp_resume.planning.parameters import EXECUTION
 
 __all__ = ["Fsdp1Optimizers", "is_fsdp1"]
 

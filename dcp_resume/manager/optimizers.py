@@ -21,11 +21,10 @@ from dcp_resume.format.dtypes import DTYPES
 from dcp_resume.manager.parameter_names import named_parameters
 from dcp_resume.manifest.models import PathKey, TensorEntry
 from dcp_resume.manifest.report import ReportItem, Severity
+from dcp_resume.planning.parameters import EXECUTION
 
-__all__ = ["EXECUTION", "Optimizers", "StoredPart", "inner_optimizer", "merge_disjoint"]
+__all__ = ["Optimizers", "StoredPart", "inner_optimizer", "merge_disjoint"]
 
-EXECUTION = frozenset({"params", "foreach", "fused", "capturable", "differentiable"})
-"""Group options that say how a step is computed on this machine, not what it computes."""
 SCHEDULED = frozenset({"lr", "initial_lr"})
 """Group options that a scheduler moves; that they differ at the start of a resume says nothing."""
 

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from typing import Any
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch.distributed.optim import ZeroRedundancyOptimizer
@@ -14,11 +14,19 @@ from torch.optim.optimizer import register_optimizer_step_pre_hook
 from torch.utils.hooks import RemovableHandle
 
 from dcp_resume.manager.fsdp1 import is_fsdp1
-from dcp_resume.manager.stateful import optimizers_of
 from dcp_resume.session.copies import AtOnce, Copies, StepMemory, StepTensor
 from dcp_resume.session.device_copies import late_copies
 
-__all__ = ["StepGuard", "step_memory"]
+__all__ = ["StepGuard", "Stepped", "step_memory"]
+
+
+@runtime_checkable
+class Stepped(Protocol):
+    """A Stateful that says of which modules and optimizers its state is."""
+
+    @property
+    def step_objects(self) -> Sequence[Module | Optimizer]:
+        """Those whose memory the tensors of its ``state_dict`` are."""
 
 
 @torch.no_grad()
@@ -33,21 +41,23 @@ def step_memory(state: Mapping[str, Any]) -> StepMemory:
     Args:
         state: As for ``save``.
     """
-    values = [v for value in state.values() for v in _as_list(value)]
-    modules = [value for value in values if isinstance(value, Module)]
+    objects = {key: _objects(value) for key, value in state.items()}
+    modules = [item for items in objects.values() for item in items if isinstance(item, Module)]
     if any(map(is_fsdp1, modules)):
         return StepMemory((), ())  # it frees and fills its flat buffers in forward and backward
     owned = (
         held
-        for key, optimizers in optimizers_of(state).items()
-        for optimizer in optimizers
-        if _is_noticed(optimizer)
+        for key, items in objects.items()
+        for optimizer in items
+        if isinstance(optimizer, Optimizer) and _is_noticed(optimizer)
         for held in _held(key, optimizer)
     )
     return StepMemory(owned, (_local(t) for module in modules for t in _changing(module)))
 
 
-def _as_list(value: Any) -> list[Any]:
+def _objects(value: Any) -> list[Any]:
+    if isinstance(value, Stepped):
+        return list(value.step_objects)
     return list(value) if isinstance(value, (list, tuple)) else [value]
 
 

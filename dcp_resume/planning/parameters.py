@@ -5,7 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
-__all__ = ["Owner", "ParameterNames", "is_model_part"]
+__all__ = ["EXECUTION", "Owner", "ParameterNames", "is_model_part"]
+
+EXECUTION = frozenset({"params", "foreach", "fused", "capturable", "differentiable"})
+"""Group options that say how a step is computed on this machine, not what it computes."""
 
 
 def is_model_part(fqn: str) -> bool:

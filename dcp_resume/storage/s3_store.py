@@ -90,7 +90,7 @@ class S3Store:
         async def attempt() -> bytes:
             answer = await self._client.send("get_object", Key=full)
             size = answer["ContentLength"]
-            async with answer["Body"] as body:
+            async with answer["Body"]:
                 if size > max_bytes:
                     raise short_read(
                         url=self._url,
@@ -100,7 +100,7 @@ class S3Store:
                         where="it is larger than any object of its kind",
                     )
                 content = bytearray(size)
-                await drain(body, [memoryview(content)])
+                await drain(answer["Body"], [memoryview(content)])
             return bytes(content)
 
         return self._client.run(self._client.retrying(operation, attempt))

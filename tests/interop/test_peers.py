@@ -9,8 +9,9 @@ import safetensors.torch
 import torch
 import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
+from torch.distributed.checkpoint.state_dict import get_state_dict
 
-from dcp_resume import CheckpointManager, LoadOptions
+from dcp_resume import CheckpointManager, LoadOptions, errors
 from dcp_resume.interop import Format, Leftovers
 from tests.interop.peers import (
     STEP,
@@ -158,6 +159,77 @@ def test_us_to_dcp_load(tmp_path):
     )
     assert_equal(found["model"], tensors())
     assert found["epoch"] == values
+
+
+def titan_state(*, is_blank: bool = False) -> dict:
+    """As torchtitan lays a checkpoint out: the model's names at the top, other parts nested."""
+    moments = {"state.w.exp_avg": torch.ones(3), "param_groups.w.betas": (0.9, 0.95)}
+    state = {"w": torch.arange(3.0), "optimizer": moments, "train_state": {"step": 7}}
+    return (
+        state
+        if not is_blank
+        else {
+            "w": torch.zeros(3),
+            "optimizer": {"state.w.exp_avg": torch.zeros(3), "param_groups.w.betas": None},
+            "train_state": {"step": 0},
+        }
+    )
+
+
+def test_names_that_are_not_nested_go_into_the_part_that_is_named_and_out_again(tmp_path):
+    expected = titan_state()
+    dcp.save(expected, checkpoint_id=tmp_path / "step-7", no_dist=True)
+    take_in(tmp_path / "step-7", tmp_path / "run", loose="model", step=7)
+    blanks = titan_state(is_blank=True)
+    found = {"model": {"w": blanks.pop("w")}, **blanks}
+    with CheckpointManager(tmp_path / "run") as checkpoints:
+        assert checkpoints.load(found).step == 7
+    assert_same({"w": found.pop("model")["w"], **found}, expected)
+    give_out(tmp_path / "run", tmp_path / "back", Format.DCP, loose="model")
+    back = titan_state(is_blank=True)
+    dcp.load(back, checkpoint_id=tmp_path / "back", no_dist=True)
+    assert_same(back, expected)
+
+
+def assert_same(found: dict, expected: dict) -> None:
+    assert torch.equal(found["w"], expected["w"])
+    moments, others = found["optimizer"], expected["optimizer"]
+    assert torch.equal(moments["state.w.exp_avg"], others["state.w.exp_avg"])
+    assert moments["param_groups.w.betas"] == others["param_groups.w.betas"]
+    assert found["train_state"] == expected["train_state"]
+
+
+def test_an_optimizer_that_was_saved_by_groups_is_loaded_into_an_optimizer(tmp_path):
+    def trainer():
+        model = torch.nn.Linear(3, 2)
+        groups = [{"params": [model.weight], "lr": 0.5}, {"params": [model.bias], "lr": 0.25}]
+        return model, torch.optim.AdamW(groups)
+
+    model, optimizer = trainer()
+    model(torch.ones(4, 3)).sum().backward()
+    optimizer.step()
+    weights, moments = get_state_dict(model, optimizer)
+    dcp.save({"model": weights, "optim": moments}, checkpoint_id=tmp_path / "dcp", no_dist=True)
+    take_in(tmp_path / "dcp", tmp_path / "run")
+    again, fresh = trainer()
+    fresh.param_groups[0]["lr"] = fresh.param_groups[1]["lr"] = 9.0
+    with CheckpointManager(tmp_path / "run") as checkpoints:
+        checkpoints.load({"model": again, "optim": fresh})
+    assert [group["lr"] for group in fresh.param_groups] == [0.5, 0.25]
+    for ours, theirs in zip(again.parameters(), model.parameters(), strict=True):
+        assert torch.equal(ours, theirs)
+        assert_equal(fresh.state[ours], optimizer.state[theirs])
+
+
+def test_a_part_that_would_give_a_name_twice_is_refused_both_ways(tmp_path):
+    state = {"w": torch.ones(2), "model": {"w": torch.zeros(2)}}
+    dcp.save(state, checkpoint_id=tmp_path / "dcp", no_dist=True)
+    with pytest.raises(errors.ConfigurationError, match=r"'model\.w' would be there twice"):
+        take_in(tmp_path / "dcp", tmp_path / "run", loose="model")
+    save_run(tmp_path / "own", {"a": {"b.w": torch.ones(2)}, "b": {"w": torch.zeros(2)}})
+    with pytest.raises(errors.ConfigurationError, match=r"'b\.w' would be there twice"):
+        give_out(tmp_path / "own", tmp_path / "out", Format.DCP, loose="a")
+    assert not (tmp_path / "out").exists()
 
 
 # Megatron torch_dist: a DCP directory, and common.pt. Its own reader: see the how-to.

@@ -278,3 +278,31 @@ def test_an_interrupt_between_a_claim_and_its_copy_fails_the_save_and_hangs_nobo
         sys.settrace(tracing)
     with pytest.raises(StateError, match="interrupted"):
         copies.finish()
+
+
+class Flattened:
+    """Parameters and moments under names of its own, as another trainer's wrapper gives them."""
+
+    def __init__(self, trainer: Trainer) -> None:
+        self.step_objects = (trainer.model, trainer.optimizer)
+        self._model = trainer.model
+
+    def state_dict(self):
+        return dict(self._model.named_parameters())
+
+    def load_state_dict(self, state_dict):
+        self._model.load_state_dict(state_dict, strict=False)
+
+
+def test_a_stateful_that_names_its_modules_and_optimizers_is_copied_late(tmp_path):
+    trainer = Trainer(401, foreach=True)
+    trainer.step()
+    saved = {name: p.detach().clone() for name, p in trainer.model.named_parameters()}
+    state = {"model": Flattened(trainer)}
+    memory = step_memory(state)
+    assert memory.owner_of(trainer.model[0].weight.detach()) is not None
+    with CheckpointManager(tmp_path, LAZY) as checkpoints:
+        checkpoints.save(1, state)
+        trainer.step()
+        checkpoints.load(state, 1)
+    assert_equal({n: p.detach() for n, p in trainer.model.named_parameters()}, saved)
