@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from typing import TYPE_CHECKING
 
-from dcp_resume.cli.arguments import PATIENT, add_verb, opener
+from dcp_resume.cli.arguments import PATIENT, add_verb, append_deadline_s, opener
 from dcp_resume.cli.keys import read_signing
 from dcp_resume.cli.printing import print_json, size_text
 from dcp_resume.cli.progress import ProgressLine
@@ -71,6 +71,7 @@ def _run(arguments: argparse.Namespace) -> int:
         window_bytes=arguments.window_mib << 20,
         progress=progress,
         signing=read_signing(arguments),
+        append_deadline_s=append_deadline_s(arguments),
     )
     target = opened(arguments.target)
     try:

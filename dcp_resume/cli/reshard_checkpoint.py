@@ -5,7 +5,14 @@ from __future__ import annotations
 import argparse
 from typing import TYPE_CHECKING
 
-from dcp_resume.cli.arguments import PATIENT, add_step, add_target_option, add_verb, open_pair
+from dcp_resume.cli.arguments import (
+    PATIENT,
+    add_step,
+    add_target_option,
+    add_verb,
+    append_deadline_s,
+    open_pair,
+)
 from dcp_resume.cli.keys import read_signing
 from dcp_resume.cli.layout_file import read_layout
 from dcp_resume.cli.printing import print_json, size_text
@@ -83,6 +90,7 @@ def _run(arguments: argparse.Namespace) -> int:
         progress=progress,
         trust=signing.trust,
         signing=signing,
+        append_deadline_s=append_deadline_s(arguments),
     )
     (located,) = find_checkpoints(source, arguments.step, signing.trust)
     try:
