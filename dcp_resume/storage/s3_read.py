@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from http.client import HTTPException
 from typing import Protocol
 
 from dcp_resume.storage.concurrency import for_each
+from dcp_resume.storage.direct_http import Exchange
 from dcp_resume.storage.object_store import RangeRead
 from dcp_resume.storage.os_errors import short_read
 from dcp_resume.storage.retry import Operation, TransientFault
@@ -106,11 +108,18 @@ def _past_end(operation: Operation, get: _Get, found: int) -> Exception:
 
 
 async def drain(body: Body, into: Sequence[memoryview]) -> None:
-    """Copy a body of exactly the right length into memory, chunk by chunk.
+    """Read a body of exactly the right length into memory.
 
     Raises:
         TransientFault: The body ended early.
     """
+    exchange = getattr(body, "raw_stream", None)
+    if isinstance(exchange, Exchange):
+        try:
+            await exchange.read_into(into)
+        except (OSError, HTTPException) as error:
+            raise TransientFault(f"the body of the answer broke off: {error!r}") from error
+        return
     for view in into:
         done = 0
         while done < len(view):
