@@ -7,6 +7,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from dcp_resume.errors import ConfigurationError, StorageError
+from dcp_resume.storage.fsspec_bridge import PerProcess
 from dcp_resume.storage.keys import check_key, check_prefix, is_key
 from dcp_resume.storage.object_store import ObjectInfo, RangeRead
 from dcp_resume.storage.os_errors import short_read
@@ -14,7 +15,7 @@ from dcp_resume.storage.retry import Operation, RetryPolicy, TransientFault
 from dcp_resume.storage.s3_client import S3Client
 from dcp_resume.storage.s3_errors import Refusal, refusal_in, refused
 from dcp_resume.storage.s3_read import drain, read_ranges
-from dcp_resume.storage.s3_upload import crc32_header, upload
+from dcp_resume.storage.s3_upload import Uplink, crc32_header, upload
 
 __all__ = ["S3Store"]
 
@@ -39,6 +40,7 @@ class S3Store:
         self._root = f"{prefix}/" if prefix else ""
         self._url = f"s3://{bucket}/{prefix}".rstrip("/")
         self._client = S3Client(bucket, self._url, storage_options, retry)
+        self._uplinks = PerProcess(Uplink)
 
     @property
     def url(self) -> str:
@@ -80,7 +82,9 @@ class S3Store:
         """
         full = self._root + check_key(key)
         operation = self._client.operation("write", key)
-        return self._client.run(upload(self._client, operation, full, buffers, size))
+        return self._client.run(
+            upload(self._client, self._uplinks.get(), operation, full, buffers, size)
+        )
 
     def read(self, key: str, *, max_bytes: int) -> bytes:
         """See ``ObjectStore.read``."""

@@ -199,7 +199,7 @@ def test_a_server_that_no_authority_knows_is_not_talked_to(tls_server: Server) -
     }
     retry = RetryPolicy(deadline_s=0.5)
     store = open_store("s3://bucket/run", storage_options=options, retry=retry)
-    with pytest.raises(StorageUnavailable, match="(?i)certificate"):
+    with pytest.raises(StorageUnavailable, match=r"(?i)certificate"):
         store.write("a", [memoryview(b"secret")])
     assert tls_server.put == b""
     store.close()
