@@ -26,7 +26,7 @@ from dcp_resume.session.box_digests import digest_row_major
 from dcp_resume.session.copies import AtOnce, Copies
 from dcp_resume.session.staging import BufferPool, StagedFile, borrow_chunks, stage_chunks
 from dcp_resume.session.tensor_digests import TensorDigests
-from dcp_resume.storage import ObjectStore
+from dcp_resume.storage import ObjectStore, moving_cpu_s
 
 __all__ = [
     "ChunkSource",
@@ -254,6 +254,7 @@ def write_rank(
     for name, header, file, chunks in zip(
         staged.names, staged.headers, staged.files, staged.chunks, strict=True
     ):
+        cpu_s = moving_cpu_s()
         bounds = block_bounds(len(header), np.asarray(file.lengths, np.int64), block_size)
         buffers = [memoryview(header), *file.buffers]
         digest = digest_blocks(bounds, buffers, algorithm)
@@ -263,7 +264,8 @@ def write_rank(
         started = time.monotonic()
         size = store.write(prefix + name, buffers)
         duration_s = time.monotonic() - started
-        emit(FileWritten(key=prefix + name, num_bytes=size, duration_s=duration_s))
+        cpu_s = moving_cpu_s() - cpu_s
+        emit(FileWritten(key=prefix + name, num_bytes=size, duration_s=duration_s, cpu_s=cpu_s))
         reports.append(file_report(size, len(header), digest, sums))
         file.release()
     return RankReport.joined(reports)
