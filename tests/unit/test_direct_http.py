@@ -190,6 +190,23 @@ def test_a_store_writes_and_reads_over_tls(tls_server: Server, certificate: Path
     store.close()
 
 
+def test_through_a_proxy_aiohttp_carries_the_same_bytes(server: Server) -> None:
+    options: dict[str, Any] = {
+        "endpoint_url": "http://storage.invalid",
+        "key": "k",
+        "secret": "s",
+        "client_kwargs": {"region_name": "us-east-1"},
+        "config_kwargs": {"proxies": {"http": f"http://{server.netloc}"}},
+    }
+    store = open_store("s3://bucket/run", storage_options=options)
+    memory = bytearray(1 << 20)
+    store.read_into("a", [RangeRead(ByteRange(3, 3 + len(memory)), memoryview(memory))])
+    assert memory == CONTENT[3 : 3 + len(memory)]
+    store.write("a", [memoryview(CONTENT)])
+    assert server.put == CONTENT
+    store.close()
+
+
 def test_a_server_that_no_authority_knows_is_not_talked_to(tls_server: Server) -> None:
     options: dict[str, Any] = {
         "endpoint_url": f"https://{tls_server.netloc}",
