@@ -31,7 +31,7 @@ is what to use before many ranks start from a far store.
 
 The result is a committed checkpoint of the run at DST, which may be new, or the run of SRC. The run
 is opened for it: A JOB THAT IS STILL WRITING THERE IS FENCED and its next save fails. Blocks are
-verified as they are read. Memory: --window-mib, and up to 4 readers of 8 MiB; for S3 also parts.
+verified as they are read. Memory: --window-mib, and up to 4 readers of 16 MiB; for S3 also parts.
 
 Axes: dp, dp_shard, dp_replicate, tp, ep, cp or any other name; pp splits layers and is outermost.
 Which dim an axis splits is taken from the checkpoint (DTensors say it), else from --layout:
