@@ -13,6 +13,8 @@ MAX_PART_BYTES = 5 << 30
 """S3's limit."""
 MAX_PARTS = 10_000
 """S3's limit."""
+SMALL_PART_BYTES = 8 * MIB
+"""None but the last is smaller: each request costs 2 ms of CPU, be its bytes slow or not."""
 LARGE_PART_BYTES = 32 * MIB
 """No part is larger without need: above it glibc allocates each afresh, which doubles its cost."""
 PART_MS = 250
@@ -48,7 +50,7 @@ def plan_parts(size: int, *, rate: int, budget_bytes: int = BUDGET_BYTES) -> Par
     Raises:
         ValueError: S3 takes no object so large.
     """
-    wanted = min(max(rate * PART_MS // 1000, MIN_PART_BYTES), LARGE_PART_BYTES, budget_bytes)
+    wanted = min(max(rate * PART_MS // 1000, SMALL_PART_BYTES), LARGE_PART_BYTES, budget_bytes)
     whole = max(wanted // MIB * MIB, MIN_PART_BYTES)
     part_bytes = max(whole, _ceil(_ceil(size, MAX_PARTS), MIB) * MIB)
     if part_bytes > MAX_PART_BYTES:

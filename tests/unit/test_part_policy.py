@@ -20,10 +20,10 @@ TIB = 1 << 40
     ("size", "rate", "expected"),
     [
         (GIB, FIRST_RATE, PartPlan(16 * MIB, 8)),
-        (GIB, 10 * MIB, PartPlan(5 * MIB, 25)),  # slow requests: the smallest, and many
+        (GIB, 10 * MIB, PartPlan(8 * MIB, 16)),  # slow requests: small, and many
         (GIB, 40 * MIB, PartPlan(10 * MIB, 12)),
         (GIB, 900 * MIB, PartPlan(32 * MIB, 4)),  # fast ones: large, and few
-        (GIB, 1, PartPlan(5 * MIB, 25)),
+        (GIB, 1, PartPlan(8 * MIB, 16)),
         (TIB, FIRST_RATE, PartPlan(105 * MIB, 1)),  # 10,000 parts are not enough
         (5 * TIB, FIRST_RATE, PartPlan(525 * MIB, 1)),  # nor is the budget
     ],
