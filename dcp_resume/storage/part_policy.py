@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-__all__ = ["BUDGET_BYTES", "PartPlan", "PartRate", "plan_parts"]
+__all__ = ["BUDGET_BYTES", "WHOLE_BYTES", "PartPlan", "PartRate", "plan_parts"]
 
 MIB = 1 << 20
 MIN_PART_BYTES = 5 * MIB
@@ -13,6 +13,8 @@ MAX_PART_BYTES = 5 << 30
 """S3's limit."""
 MAX_PARTS = 10_000
 """S3's limit."""
+WHOLE_BYTES = 16 * MIB
+"""An object up to this is sent whole, in one request instead of four."""
 SMALL_PART_BYTES = 8 * MIB
 """None but the last is smaller: each request costs 2 ms of CPU, be its bytes slow or not."""
 LARGE_PART_BYTES = 32 * MIB
@@ -31,7 +33,7 @@ class PartPlan:
     """How one object is uploaded."""
 
     part_bytes: int
-    """Of each part but the last; an object that is not larger is no multipart upload."""
+    """Of each part but the last, of which there are two at least."""
     width: int
     """Parts in flight at a time, at most."""
 
@@ -42,7 +44,7 @@ def plan_parts(size: int, *, rate: int, budget_bytes: int = BUDGET_BYTES) -> Par
     Slow requests become small and many, fast ones large and few.
 
     Args:
-        size: Of the object, in bytes.
+        size: Of the object, in bytes; more than ``WHOLE_BYTES``.
         rate: Bytes per second that one request has been measured to carry.
         budget_bytes: That may be in flight; a part exceeds it only where there would otherwise be
             more than 10,000, and then leaves alone.
@@ -51,7 +53,8 @@ def plan_parts(size: int, *, rate: int, budget_bytes: int = BUDGET_BYTES) -> Par
         ValueError: S3 takes no object so large.
     """
     wanted = min(max(rate * PART_MS // 1000, SMALL_PART_BYTES), LARGE_PART_BYTES, budget_bytes)
-    whole = max(wanted // MIB * MIB, MIN_PART_BYTES)
+    halves = _ceil(_ceil(size, 2), MIB) * MIB
+    whole = max(min(wanted // MIB * MIB, halves), MIN_PART_BYTES)
     part_bytes = max(whole, _ceil(_ceil(size, MAX_PARTS), MIB) * MIB)
     if part_bytes > MAX_PART_BYTES:
         raise ValueError(

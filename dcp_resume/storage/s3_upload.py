@@ -17,7 +17,13 @@ from dcp_resume.errors import KeyNotFound, StorageError
 from dcp_resume.storage.concurrency import ByteBudget, for_each
 from dcp_resume.storage.memory_body import MemoryBody
 from dcp_resume.storage.object_store import check_size
-from dcp_resume.storage.part_policy import BUDGET_BYTES, PartPlan, PartRate, plan_parts
+from dcp_resume.storage.part_policy import (
+    BUDGET_BYTES,
+    WHOLE_BYTES,
+    PartPlan,
+    PartRate,
+    plan_parts,
+)
 from dcp_resume.storage.retry import Operation
 from dcp_resume.storage.s3_client import S3Client
 from dcp_resume.storage.s3_errors import refusal_in
@@ -73,8 +79,7 @@ async def upload(
     """
     content = _Joined(buffers) if isinstance(buffers, Sequence) else _Streamed(buffers, size or 0)
     check_size(len(content), size)
-    plan = plan_parts(len(content), rate=uplink.rate.bytes_per_s)
-    if len(content) <= plan.part_bytes:
+    if len(content) <= WHOLE_BYTES:
         async with uplink.budget.taken(len(content)):
             body = await content.take(0, len(content))
             await client.request(
@@ -85,6 +90,7 @@ async def upload(
                 ChecksumCRC32=await asyncio.to_thread(crc32_header, body),
             )
     else:
+        plan = plan_parts(len(content), rate=uplink.rate.bytes_per_s)
         await _Multipart(client, uplink, operation, key, content, plan).run()
     return len(content)
 

@@ -9,7 +9,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dcp_resume.storage.concurrency import ByteBudget
-from dcp_resume.storage.part_policy import BUDGET_BYTES, FIRST_RATE, PartPlan, PartRate, plan_parts
+from dcp_resume.storage.part_policy import (
+    BUDGET_BYTES,
+    FIRST_RATE,
+    WHOLE_BYTES,
+    PartPlan,
+    PartRate,
+    plan_parts,
+)
 
 MIB = 1 << 20
 GIB = 1 << 30
@@ -24,6 +31,7 @@ TIB = 1 << 40
         (GIB, 40 * MIB, PartPlan(10 * MIB, 12)),
         (GIB, 900 * MIB, PartPlan(32 * MIB, 4)),  # fast ones: large, and few
         (GIB, 1, PartPlan(8 * MIB, 16)),
+        (20 * MIB, 900 * MIB, PartPlan(10 * MIB, 12)),  # two parts at least
         (TIB, FIRST_RATE, PartPlan(105 * MIB, 1)),  # 10,000 parts are not enough
         (5 * TIB, FIRST_RATE, PartPlan(525 * MIB, 1)),  # nor is the budget
     ],
@@ -33,14 +41,14 @@ def test_parts_follow_the_rate_within_limits(size: int, rate: int, expected: Par
 
 
 @given(
-    size=st.integers(0, 40 * TIB),
+    size=st.integers(WHOLE_BYTES + 1, 40 * TIB),
     rate=st.integers(0, 100 * GIB),
     budget=st.integers(5 * MIB, 4 * GIB),
 )
 def test_no_plan_leaves_the_limits(size: int, rate: int, budget: int) -> None:
     plan = plan_parts(size, rate=rate, budget_bytes=budget)
     assert 5 * MIB <= plan.part_bytes <= 5 * GIB
-    assert plan.part_bytes * 10_000 >= size
+    assert plan.part_bytes < size <= plan.part_bytes * 10_000
     assert plan.width >= 1
     assert plan.width * plan.part_bytes <= budget or plan.width == 1
     if plan.part_bytes > budget:
