@@ -16,7 +16,8 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
-from typing import TypeVar
+from types import TracebackType
+from typing import Self, TypeVar
 from urllib.parse import urlsplit
 
 __all__ = ["DirectHttp", "Exchange", "Request"]
@@ -170,6 +171,17 @@ class Exchange:
         """Of the answer, names in lower case."""
         found = self._answer.getheaders() if self._answer else []
         return {name.lower(): value for name, value in found}
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.close()
 
     async def run(self, work: Callable[[], T]) -> T:
         """Do a part of this exchange in a thread, and abort it if the wait is cancelled."""

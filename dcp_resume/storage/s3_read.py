@@ -113,7 +113,8 @@ async def drain(body: Body, into: Sequence[memoryview]) -> None:
     Raises:
         TransientFault: The body ended early.
     """
-    exchange = getattr(body, "raw_stream", None)
+    # aiobotocore 2 wraps what it reads from, and stands in for it; 3 names it.
+    exchange = getattr(body, "raw_stream", body)
     if isinstance(exchange, Exchange):
         try:
             await exchange.read_into(into)

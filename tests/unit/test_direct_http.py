@@ -148,9 +148,11 @@ def test_a_body_fills_memory_piece_by_piece_and_its_connection_is_used_again(
 
     async def read_twice() -> None:
         for start in (5, 7):
-            exchange = await direct.exchange(ranged(server, "/a", start, start + len(memory)))
-            assert (exchange.status, exchange.headers["content-length"]) == (206, str(len(memory)))
-            await exchange.read_into(pieces)
+            request = ranged(server, "/a", start, start + len(memory))
+            async with await direct.exchange(request) as exchange:
+                assert exchange.status == 206
+                assert exchange.headers["content-length"] == str(len(memory))
+                await exchange.read_into(pieces)
             assert memory == CONTENT[start : start + len(memory)]
 
     asyncio.run(read_twice())
