@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from dcp_resume.events import Choice, TuningChosen, emit
 from dcp_resume.session.reading import NUM_READERS
-from dcp_resume.storage import ObjectStore, Tuned
+from dcp_resume.storage import ObjectStore
+from dcp_resume.storage.tuned import Tuned
 
 __all__ = ["tell_choices"]
 

@@ -26,7 +26,8 @@ from dcp_resume.session.box_digests import digest_row_major
 from dcp_resume.session.copies import AtOnce, Copies
 from dcp_resume.session.staging import BufferPool, StagedFile, borrow_chunks, stage_chunks
 from dcp_resume.session.tensor_digests import TensorDigests
-from dcp_resume.storage import ObjectStore, moving_cpu_s
+from dcp_resume.storage import ObjectStore
+from dcp_resume.storage.cpu_time import moving_cpu_s
 
 __all__ = [
     "ChunkSource",

@@ -5,15 +5,7 @@ Everything above this package sees only the protocol ``ObjectStore`` and gets on
 """
 
 from dcp_resume.storage.clock import read_clock
-from dcp_resume.storage.cpu_time import moving_cpu_s
-from dcp_resume.storage.object_store import (
-    ByteRange,
-    Finite,
-    ObjectInfo,
-    ObjectStore,
-    RangeRead,
-    Tuned,
-)
+from dcp_resume.storage.object_store import ByteRange, Finite, ObjectInfo, ObjectStore, RangeRead
 from dcp_resume.storage.opening import open_store
 from dcp_resume.storage.probe import check_exclusive_create, race_for_keys
 from dcp_resume.storage.retry import RetryPolicy
@@ -25,9 +17,7 @@ __all__ = [
     "ObjectStore",
     "RangeRead",
     "RetryPolicy",
-    "Tuned",
     "check_exclusive_create",
-    "moving_cpu_s",
     "open_store",
     "race_for_keys",
     "read_clock",

@@ -16,9 +16,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
-from dcp_resume.events import Choice
-
-__all__ = ["ByteRange", "Finite", "ObjectInfo", "ObjectStore", "RangeRead", "Tuned", "check_size"]
+__all__ = ["ByteRange", "Finite", "ObjectInfo", "ObjectStore", "RangeRead", "check_size"]
 
 
 @dataclass(frozen=True, slots=True, order=True)
@@ -193,12 +191,3 @@ class Finite(Protocol):
         Raises:
             StorageError: The store failed.
         """
-
-
-@runtime_checkable
-class Tuned(Protocol):
-    """A store that chooses more than the size of its reads."""
-
-    @property
-    def choices(self) -> tuple[Choice, ...]:
-        """What it has chosen, and why; for events."""

@@ -16,7 +16,7 @@ from dcp_resume import CheckpointManager, SaveMode, Settings
 from dcp_resume.events import Event, FileWritten, LoadFinished, TuningChosen, subscribe
 from dcp_resume.observe import Goodput, JsonLines
 from dcp_resume.session.reading import NUM_READERS
-from dcp_resume.storage import moving_cpu_s
+from dcp_resume.storage.cpu_time import moving_cpu_s
 from tests.support.small_state import state_at
 
 
