@@ -21,6 +21,7 @@ __all__ = [
     "CheckpointCommitted",
     "CheckpointRetired",
     "CheckpointSkipped",
+    "Choice",
     "Event",
     "FileWritten",
     "HostMemoryNotPinned",
@@ -40,6 +41,7 @@ __all__ = [
     "StepReached",
     "StorageRetried",
     "TrainerBlocked",
+    "TuningChosen",
     "VoteStoreLost",
     "emit",
     "subscribe",
@@ -65,6 +67,26 @@ class RunOpened(Event):
     generation: int
     resume_step: int | None
     """Step of the resume source; None at the beginning of a run."""
+
+
+@dataclass(frozen=True, slots=True)
+class Choice:
+    """One thing that the library chose by itself."""
+
+    name: str
+    value: int | str
+    unit: str
+    """Empty for a count or a name."""
+    reason: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TuningChosen(Event):
+    """This process took a run's store over, and chose how to work with it."""
+
+    level: ClassVar[int] = logging.INFO
+    url: str
+    choices: tuple[Choice, ...]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -109,6 +131,9 @@ class FileWritten(Event):
     num_bytes: int
     duration_s: float
     """In the store alone, retries included."""
+    cpu_s: float
+    """Of CPU, by the threads that write and send, from the first digest on; files that are sent at
+    the same time count each other's."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -222,6 +247,8 @@ class LoadFinished(Event):
     rank: int
     num_bytes: int
     duration_s: float
+    cpu_s: float
+    """Of CPU, by all threads of this process."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -29,6 +29,7 @@ __all__ = [
     "add_target_option",
     "add_verb",
     "add_yes",
+    "append_deadline_s",
     "open_log",
     "open_pair",
     "open_run",
@@ -231,6 +232,11 @@ def _retry(arguments: argparse.Namespace, retry: RetryPolicy) -> RetryPolicy:
     return retry if deadline_s is None else replace(retry, deadline_s=deadline_s)
 
 
+def append_deadline_s(arguments: argparse.Namespace) -> float:
+    """Seconds until a record whose answer was lost is given up: ``--deadline``."""
+    return PATIENT.deadline_s if arguments.deadline is None else float(arguments.deadline)
+
+
 def _read_seconds(text: str) -> float:
     try:
         seconds = float(text)
@@ -266,7 +272,7 @@ def open_log(
         run=run,
         signing=read_signing(arguments),
         heard=heard,
-        deadline_s=arguments.deadline or PATIENT.deadline_s,
+        deadline_s=append_deadline_s(arguments),
     )
 
 

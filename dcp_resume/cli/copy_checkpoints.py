@@ -81,6 +81,7 @@ def _run(arguments: argparse.Namespace) -> int:
     log = open_log(target, arguments, run=_run_id(source, origin, wanted[0], signing))
     log.refresh()
     copy, found = RunCopy(source, origin, target, log), []
+    copy.check_target()
     for number, located in enumerate(wanted, 1):
         progress = ProgressLine(f"copying {number}/{len(wanted)}")
         try:

@@ -30,7 +30,7 @@ Compare what two checkpoints hold: names, dtypes and shapes, every value, and ev
 tensor, bit by bit. Which ranks wrote them does not matter: boxes are put together, padding is left
 out, and a tensor with several names (tied weights) is found under any of them. What cannot be
 compared, values of each rank's own on other numbers of ranks, is said. Equal blocks of equal boxes
-are not read: their digests prove them. Memory: a window on each side, and 4 readers of 8 MiB.
+are not read: their digests prove them. Memory: a window on each side, and 4 readers of 16 MiB.
 
 Not compared, because it may differ: where and when a checkpoint was written and by which ranks, the
 trainer state's wall_time_s and lineage, and what --ignore names.

@@ -5,7 +5,13 @@ from __future__ import annotations
 import argparse
 from typing import TYPE_CHECKING
 
-from dcp_resume.cli.arguments import PATIENT, add_target_option, add_verb, openers
+from dcp_resume.cli.arguments import (
+    PATIENT,
+    add_target_option,
+    add_verb,
+    append_deadline_s,
+    openers,
+)
 from dcp_resume.cli.keys import read_signing
 from dcp_resume.cli.printing import print_json, print_prose, size_text
 from dcp_resume.cli.progress import ProgressLine
@@ -79,6 +85,7 @@ def _run(arguments: argparse.Namespace) -> int:
         window_bytes=arguments.window_mib << 20,
         progress=progress,
         signing=read_signing(arguments),
+        append_deadline_s=append_deadline_s(arguments),
     )
     target = open_target(arguments.target)
     try:

@@ -6,7 +6,14 @@ import argparse
 from dataclasses import asdict
 from typing import TYPE_CHECKING
 
-from dcp_resume.cli.arguments import PATIENT, add_step, add_target_option, add_verb, open_pair
+from dcp_resume.cli.arguments import (
+    PATIENT,
+    add_step,
+    add_target_option,
+    add_verb,
+    append_deadline_s,
+    open_pair,
+)
 from dcp_resume.cli.keys import read_signing
 from dcp_resume.cli.printing import print_json, size_text
 from dcp_resume.cli.progress import ProgressLine
@@ -69,6 +76,7 @@ def _run(arguments: argparse.Namespace) -> int:
         progress=progress,
         trust=signing.trust,
         signing=signing,
+        append_deadline_s=append_deadline_s(arguments),
     )
     (located,) = find_checkpoints(source, arguments.step, signing.trust)
     try:

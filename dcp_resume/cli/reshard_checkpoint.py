@@ -5,7 +5,14 @@ from __future__ import annotations
 import argparse
 from typing import TYPE_CHECKING
 
-from dcp_resume.cli.arguments import PATIENT, add_step, add_target_option, add_verb, open_pair
+from dcp_resume.cli.arguments import (
+    PATIENT,
+    add_step,
+    add_target_option,
+    add_verb,
+    append_deadline_s,
+    open_pair,
+)
 from dcp_resume.cli.keys import read_signing
 from dcp_resume.cli.layout_file import read_layout
 from dcp_resume.cli.printing import print_json, print_prose, size_text
@@ -24,7 +31,7 @@ is what to use before many ranks start from a far store.
 
 The result is a committed checkpoint of the run at DST, which may be new, or the run of SRC. The run
 is opened for it: A JOB THAT IS STILL WRITING THERE IS FENCED and its next save fails. Blocks are
-verified as they are read. Memory: --window-mib, and up to 4 readers of 8 MiB; for S3 also parts.
+verified as they are read. Memory: --window-mib, and up to 4 readers of 16 MiB; for S3 also parts.
 
 Axes: dp, dp_shard, dp_replicate, tp, ep, cp or any other name; pp splits layers and is outermost.
 Which dim an axis splits is taken from the checkpoint (DTensors say it), else from --layout:
@@ -83,6 +90,7 @@ def _run(arguments: argparse.Namespace) -> int:
         progress=progress,
         trust=signing.trust,
         signing=signing,
+        append_deadline_s=append_deadline_s(arguments),
     )
     (located,) = find_checkpoints(source, arguments.step, signing.trust)
     try:

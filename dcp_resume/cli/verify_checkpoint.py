@@ -25,7 +25,7 @@ _DESCRIPTION = """\
 Read a checkpoint whole and prove it: manifest, catalog and index by their digests and against each
 other, every data file by its size, its header, and the digest of each of its blocks. Every problem
 is listed, with file, block and tensors. Nothing is changed; a damaged checkpoint is not quarantined
-(a job that resumes does that). Memory is bounded: 8 MiB (or a block) for each of 4 readers.
+(a job that resumes does that). Memory is bounded: 16 MiB (or a block) for each of 4 readers.
 
 With --sample only a part of the data is read: a share drawn at random, such as 10%, or one of
 several parts that together are the whole, such as 3/7 on the third day of each week. Documents,

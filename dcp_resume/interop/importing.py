@@ -69,6 +69,8 @@ class ImportOptions:
     progress: Callable[[int, int], None] = lambda done, total: None
     """Called with bytes written and bytes in all."""
     signing: Signing = UNSIGNED
+    append_deadline_s: float = 120.0
+    """How long a record of the target's log whose answer was lost is created again."""
 
     def __post_init__(self) -> None:
         check_window(self.window_bytes)
@@ -119,7 +121,7 @@ def import_checkpoint(
     intake = _Intake(foreign, options)
     plan = merge([intake.local_plan()])
     step = options.step if options.step is not None else foreign.step or 0
-    log = RunLog(target, signing=options.signing)
+    log = RunLog(target, signing=options.signing, deadline_s=options.append_deadline_s)
     log.refresh()
     check_exclusive_create(target, f"probe/{new_attempt_id()}/")
     written = OfflineAttempt(target, plan, step, options.tensor_digests)

@@ -20,6 +20,8 @@ from dcp_resume.observe.intervals import advised_interval_s
 
 __all__ = ["Costs", "Goodput"]
 
+_GIB = 1 << 30
+
 
 @dataclass(frozen=True, slots=True)
 class Costs:
@@ -40,6 +42,11 @@ class Costs:
     written_bytes: int = 0
     write_s: float = 0.0
     """In the store, over all files."""
+    write_cpu_s: float = 0.0
+    """CPU seconds that digests and the store took, over all files."""
+    loaded_bytes: int = 0
+    load_cpu_s: float = 0.0
+    """CPU seconds of the process in loads."""
     committed_s: float = 0.0
     """From the call of ``save`` to the commit, over all saves that committed."""
 
@@ -52,6 +59,16 @@ class Costs:
     def bytes_per_s(self) -> float:
         """Rate at which the store took this rank's bytes; 0 before any."""
         return self.written_bytes / self.write_s if self.write_s else 0.0
+
+    @property
+    def write_cpu_s_per_gib(self) -> float:
+        """CPU seconds for each GiB that the store took; 0 before any."""
+        return self.write_cpu_s * _GIB / self.written_bytes if self.written_bytes else 0.0
+
+    @property
+    def load_cpu_s_per_gib(self) -> float:
+        """CPU seconds for each GiB that was loaded; 0 before any."""
+        return self.load_cpu_s * _GIB / self.loaded_bytes if self.loaded_bytes else 0.0
 
     def advised_interval_s(self, mtbf_s: float) -> float:
         """Seconds between saves by what they cost so far; 0 before the first.
@@ -107,9 +124,11 @@ def _amounts(event: Event) -> dict[str, float]:
         case SaveAdvanced(milestone="committed"):
             return {"num_committed": 1, "committed_s": event.elapsed_s}
         case FileWritten():
-            return {"written_bytes": event.num_bytes, "write_s": event.duration_s}
+            spent = {"write_s": event.duration_s, "write_cpu_s": event.cpu_s}
+            return {"written_bytes": event.num_bytes, **spent}
         case LoadFinished():
-            return {"load_s": event.duration_s}
+            spent = {"load_s": event.duration_s, "load_cpu_s": event.cpu_s}
+            return {"loaded_bytes": event.num_bytes, **spent}
         case SaveFailed():
             return {"num_failed": 1}
         case StorageRetried():

@@ -63,7 +63,7 @@ class JsonLines:
             value = getattr(event, field.name)
             is_number = not isinstance(value, float) or math.isfinite(value)
             fields[field.name] = value if is_number else str(value)
-        line = json.dumps(fields, ensure_ascii=False, allow_nan=False, default=str) + "\n"
+        line = json.dumps(fields, ensure_ascii=False, allow_nan=False, default=_plain) + "\n"
         with self._lock:
             if self._file is not None:
                 os.write(self._file, line.encode("utf-8", "backslashreplace"))
@@ -85,3 +85,10 @@ class JsonLines:
         traceback: TracebackType | None,
     ) -> None:
         self.close()
+
+
+def _plain(value: object) -> object:
+    """What JSON has no word for: a record by its fields, anything else as it shows itself."""
+    if dataclasses.is_dataclass(value):
+        return {field.name: getattr(value, field.name) for field in dataclasses.fields(value)}
+    return str(value)

@@ -60,6 +60,13 @@ class PrometheusMetrics:
         self._written = Counter(
             "dcp_resume_written_bytes", "Of data files, by this rank", registry=registry
         )
+        self._cpu = Counter(
+            "dcp_resume_cpu_seconds",
+            "Of digests and of the store",
+            ("operation",),
+            registry=registry,
+        )
+        self._loaded = Counter("dcp_resume_loaded_bytes", "Fetched by this rank", registry=registry)
         self._rate = Gauge(
             "dcp_resume_write_bytes_per_second", "Of the last data file", registry=registry
         )
@@ -87,9 +94,12 @@ class PrometheusMetrics:
                 self._blocked.inc(event.duration_s)
             case FileWritten():
                 self._written.inc(event.num_bytes)
+                self._cpu.labels("save").inc(max(event.cpu_s, 0.0))
                 self._rate.set(event.num_bytes / max(event.duration_s, 1e-9))
             case LoadFinished():
                 self._loading.inc(event.duration_s)
+                self._loaded.inc(event.num_bytes)
+                self._cpu.labels("load").inc(event.cpu_s)
             case SaveFailed():
                 self._failed.inc()
             case StorageRetried():

@@ -65,6 +65,8 @@ class Telemetry:
         self._blocked = meter.create_counter("dcp_resume.trainer.blocked", "s")
         self._loading = meter.create_counter("dcp_resume.load.duration", "s")
         self._written = meter.create_counter("dcp_resume.written", "By")
+        self._cpu = meter.create_counter("dcp_resume.cpu", "s")
+        self._loaded = meter.create_counter("dcp_resume.loaded", "By")
         self._rate = meter.create_histogram("dcp_resume.write.rate", "By/s")
         self._failed = meter.create_counter("dcp_resume.save.failed", "{save}")
         self._retries = meter.create_counter("dcp_resume.storage.retries", "{request}")
@@ -121,9 +123,12 @@ class Telemetry:
                 self._blocked.add(event.duration_s, self._labels)
             case FileWritten():
                 self._written.add(event.num_bytes, self._labels)
+                self._cpu.add(max(event.cpu_s, 0.0), {**self._labels, "operation": "save"})
                 self._rate.record(event.num_bytes / max(event.duration_s, 1e-9), self._labels)
             case LoadFinished():
                 self._loading.add(event.duration_s, self._labels)
+                self._loaded.add(event.num_bytes, self._labels)
+                self._cpu.add(event.cpu_s, {**self._labels, "operation": "load"})
             case SaveFailed():
                 self._failed.add(1, self._labels)
             case StorageRetried():

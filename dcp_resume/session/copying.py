@@ -23,6 +23,7 @@ import numpy as np
 
 from dcp_resume.errors import (
     CommitRefused,
+    ConfigurationError,
     CorruptData,
     InvalidCheckpoint,
     KeyNotFound,
@@ -32,7 +33,13 @@ from dcp_resume.errors import (
 )
 from dcp_resume.format.digests import DigestAlgorithm, digest_hex
 from dcp_resume.manifest.history import RunHistory
-from dcp_resume.manifest.keys import MANIFEST_NAME, attempt_prefix, new_attempt_id
+from dcp_resume.manifest.keys import (
+    MANIFEST_NAME,
+    PROBE_PREFIX,
+    attempt_prefix,
+    new_attempt_id,
+    parse_attempt_prefix,
+)
 from dcp_resume.manifest.models import DocumentRef
 from dcp_resume.manifest.records import SaveTimes
 from dcp_resume.manifest.wire import MAX_MANIFEST_BYTES
@@ -101,6 +108,24 @@ class RunCopy:
         self._target = target
         self._log = log
         self._opened: Opened | None = None
+
+    def check_target(self) -> None:
+        """Refuse a root that has other things and no log: most often the wrong directory.
+
+        Raises:
+            ConfigurationError: It holds a key that no run has.
+            StorageError: The target's store failed.
+        """
+        if self._log.history.last_seq:
+            return
+        for info in self._target.list(""):
+            if not (parse_attempt_prefix(info.key) or info.key.startswith(PROBE_PREFIX)):
+                raise ConfigurationError(
+                    f"cannot copy to {self._log.url}: it is no run, and holds {info.key!r}; "
+                    "expected a run, what a copy that was cut off left, or nothing. Name a "
+                    "directory of the copy's own, such as one below it",
+                    option="target",
+                )
 
     def copy(self, located: Located, progress: Progress) -> CopiedCheckpoint:
         """Copy one checkpoint; of several the oldest first.

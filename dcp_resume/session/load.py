@@ -126,6 +126,7 @@ class LoadSession:
         self.options = options
         """May be narrowed between ``open`` and ``compare``, alike on all ranks."""
         self._started = time.monotonic()
+        self._started_cpu_s = time.process_time()
         self._opened: OpenedCheckpoint | None = None
         self._values: dict[str, StoredValue] = {}
         self._state: LocalState | None = None
@@ -274,6 +275,7 @@ class LoadSession:
                 rank=self._votes.rank,
                 num_bytes=outcomes[0].num_bytes,
                 duration_s=duration,
+                cpu_s=time.process_time() - self._started_cpu_s,
             )
         )
         return LoadResult(

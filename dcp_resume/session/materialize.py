@@ -69,7 +69,7 @@ def materialize(
             "there is nothing to materialize; or name a run to write into",
             option="into",
         )
-    log = RunLog(target, signing=options.signing)
+    log = RunLog(target, signing=options.signing, deadline_s=options.append_deadline_s)
     history = log.refresh()
     is_own_run = history.run == opened.manifest.run
     newest = history.newest()

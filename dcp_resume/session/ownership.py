@@ -12,6 +12,7 @@ from dcp_resume.manifest.keys import new_attempt_id
 from dcp_resume.session.attempt import Run
 from dcp_resume.session.commit import Opened, open_run
 from dcp_resume.session.run_log import RunLog
+from dcp_resume.session.tuning import tell_choices
 from dcp_resume.session.votes import Votes
 from dcp_resume.storage import ObjectStore, check_exclusive_create
 
@@ -72,6 +73,8 @@ def own_run(
         return [b""] * len(ballots)
 
     votes.round("see", see, judge)
+    if not is_probed:
+        tell_choices(store)
     if votes.rank == 0:
         commit = log.history.commits.get(source) if source else None
         emit(

@@ -254,7 +254,7 @@ class _Probe:
         self._store.create(self._token, self._token.encode())
         self._ended_s = time.time()
         race_for_keys(self._store, f"{self._prefix}key")
-        return "of two, and of eight racing, creates of one key one succeeded"
+        return "of two creates of one key, one after the other or racing, one succeeded"
 
     def _read_back(self) -> str:
         key, sample = f"{self._prefix}sample", secrets.token_bytes(_SAMPLE_BYTES)

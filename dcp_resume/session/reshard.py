@@ -87,7 +87,7 @@ def reshard(
     layout = plan_layout(stored_state(opened), mesh, options.rules)
     if options.is_strict:
         _refuse_leftovers(layout)
-    log = RunLog(target, signing=options.signing)
+    log = RunLog(target, signing=options.signing, deadline_s=options.append_deadline_s)
     log.refresh()
     check_exclusive_create(target, f"probe/{new_attempt_id()}/")
     manifest = opened.manifest

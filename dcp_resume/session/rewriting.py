@@ -42,6 +42,8 @@ class RewriteOptions:
     """Whose checkpoint is read."""
     signing: Signing = UNSIGNED
     """How the new one is signed, and whose log records at the target are believed."""
+    append_deadline_s: float = 120.0
+    """How long a record of the target's log whose answer was lost is created again."""
 
     def __post_init__(self) -> None:
         check_window(self.window_bytes)

@@ -21,6 +21,7 @@ from dcp_resume.session.placed_files import PlacedChunk
 from dcp_resume.session.staging import StagedFile, Staging
 from dcp_resume.session.tensor_digests import TensorDigests
 from dcp_resume.storage import ObjectStore, Streaming
+from dcp_resume.storage.cpu_time import moving_cpu_s
 
 __all__ = [
     "RankReport",
@@ -174,6 +175,7 @@ def write_rank(
     for name, header, file, chunks in zip(
         staged.names, staged.headers, staged.files, staged.chunks, strict=True
     ):
+        cpu_s = moving_cpu_s()
         bounds = block_bounds(len(header), np.asarray(file.lengths, np.int64), block_size)
         sums: list[PositionDigest] = []
         if tensor_digests is TensorDigests.RECORD:
@@ -182,7 +184,8 @@ def write_rank(
         buffers = [memoryview(header), *file.buffers]
         size, digest = _write_file(store, prefix + name, buffers, bounds, algorithm)
         duration_s = time.monotonic() - started
-        emit(FileWritten(key=prefix + name, num_bytes=size, duration_s=duration_s))
+        cpu_s = moving_cpu_s() - cpu_s
+        emit(FileWritten(key=prefix + name, num_bytes=size, duration_s=duration_s, cpu_s=cpu_s))
         reports.append(file_report(size, len(header), digest, sums))
         file.release()
     return RankReport.joined(reports)

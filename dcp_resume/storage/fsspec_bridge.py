@@ -10,14 +10,13 @@ import asyncio
 import os
 import threading
 from collections.abc import Callable, Coroutine, Mapping, Sequence
-from contextvars import ContextVar
 from typing import Any, Generic, Protocol, TypeVar, cast
 
 import fsspec
 from fsspec.asyn import get_loop
 
 from dcp_resume.errors import ConfigurationError
-from dcp_resume.storage.memory_body import MemoryBody
+from dcp_resume.storage.s3_session import http_session
 
 __all__ = [
     "FileSystem",
@@ -30,7 +29,6 @@ __all__ = [
     "open_s3",
     "run_on_loop",
     "was_never_sent",
-    "watch_connections",
 ]
 
 T = TypeVar("T")
@@ -166,7 +164,7 @@ def _config(override: Mapping[str, Any]) -> dict[str, Any]:
         "read_timeout": 30,
         "max_pool_connections": 64,
         "retries": {"mode": "standard", "total_max_attempts": 1},
-        "http_session_cls": _http_session(),
+        "http_session_cls": http_session(),
         # Our own checksum headers and TLS protect the bytes. Without the pair, botocore hashes
         # every payload with SHA-256, which costs more than the rest of the upload together.
         "request_checksum_calculation": "when_required",
@@ -175,69 +173,6 @@ def _config(override: Mapping[str, Any]) -> dict[str, Any]:
     }
     config["s3"] = {"payload_signing_enabled": False, **override.get("s3", {})}
     return config
-
-
-class Connection:
-    """Whether the requests of one task were given a connection to send on."""
-
-    def __init__(self) -> None:
-        self.was_open = False
-
-    def forget(self) -> None:
-        """Start anew, before the next try."""
-        self.was_open = False
-
-
-_connection: ContextVar[Connection | None] = ContextVar("connection", default=None)
-
-
-def watch_connections() -> Connection:
-    """Watch the requests that the running task sends from now on.
-
-    A request that is cut off while its connection is still being opened did nothing. Only the HTTP
-    client knows the difference: to its caller both are a cancelled call.
-    """
-    connection = Connection()
-    _connection.set(connection)
-    return connection
-
-
-async def _note_open(*_: object) -> None:
-    connection = _connection.get()
-    if connection is not None:
-        connection.was_open = True
-
-
-def _http_session() -> type:
-    """Aiobotocore's HTTP session: memory is sent without a copy, and nothing is sent twice.
-
-    aiohttp sends a PUT again, in silence, when the connection broke before the answer came. The
-    retry policy would not learn that an exclusive create may have happened, and would report the
-    refusal of the second as if nothing had.
-    """
-    import aiohttp
-    from aiobotocore.httpsession import AIOHTTPSession
-
-    trace = aiohttp.TraceConfig()
-    trace.on_connection_create_end.append(_note_open)
-    trace.on_connection_reuseconn.append(_note_open)
-    trace.freeze()
-
-    class Session(AIOHTTPSession):  # type: ignore[misc]  # untyped upstream
-        async def _get_session(self, proxy_url: str | None) -> Any:
-            session = await super()._get_session(proxy_url)
-            # Private, and without a public switch; a fault test counts the requests.
-            session._retry_connection = False
-            if trace not in session.trace_configs:
-                session.trace_configs.append(trace)
-            return session
-
-        async def send(self, request: Any) -> Any:
-            if isinstance(request.body, MemoryBody):
-                request.body = request.body.slices()  # the headers hold its length already
-            return await super().send(request)
-
-    return Session
 
 
 def run_on_loop(coroutine: Coroutine[Any, Any, T]) -> T:

@@ -24,6 +24,11 @@ class MemoryBody(io.RawIOBase):
         self._memory = memory
         self._position = 0
 
+    @property
+    def memory(self) -> memoryview:
+        """The whole."""
+        return self._memory
+
     def __len__(self) -> int:
         return len(self._memory)
 

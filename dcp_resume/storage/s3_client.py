@@ -6,14 +6,10 @@ from collections.abc import Awaitable, Callable, Coroutine, Mapping
 from typing import Any, TypeVar
 
 from dcp_resume.errors import StorageError
-from dcp_resume.storage.fsspec_bridge import (
-    PerProcess,
-    open_s3,
-    run_on_loop,
-    watch_connections,
-)
+from dcp_resume.storage.fsspec_bridge import PerProcess, open_s3, run_on_loop
 from dcp_resume.storage.retry import Operation, RetryPolicy, TransientFault
 from dcp_resume.storage.s3_errors import translate
+from dcp_resume.storage.s3_session import watch_connections
 
 __all__ = ["S3Client"]
 

@@ -4,19 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from http.client import HTTPException
 from typing import Protocol
 
 from dcp_resume.storage.concurrency import for_each
+from dcp_resume.storage.direct_http import Exchange
 from dcp_resume.storage.object_store import RangeRead
 from dcp_resume.storage.os_errors import short_read
 from dcp_resume.storage.retry import Operation, TransientFault
 from dcp_resume.storage.s3_client import S3Client
 from dcp_resume.storage.s3_errors import refusal_in
 
-__all__ = ["Body", "drain", "read_ranges"]
+__all__ = ["READ_WIDTH", "Body", "drain", "read_ranges"]
 
 _MAX_GET_BYTES = 16 << 20
-_WINDOW = 8
+READ_WIDTH = 8
 _CHUNK_BYTES = 1 << 18
 
 
@@ -47,7 +49,7 @@ async def read_ranges(
     await for_each(
         _gets(reads),
         lambda get: client.retrying(operation, lambda: _fetch(client, operation, key, get)),
-        width=_WINDOW,
+        width=READ_WIDTH,
     )
 
 
@@ -106,11 +108,19 @@ def _past_end(operation: Operation, get: _Get, found: int) -> Exception:
 
 
 async def drain(body: Body, into: Sequence[memoryview]) -> None:
-    """Copy a body of exactly the right length into memory, chunk by chunk.
+    """Read a body of exactly the right length into memory.
 
     Raises:
         TransientFault: The body ended early.
     """
+    # aiobotocore 2 wraps what it reads from, and stands in for it; 3 names it.
+    exchange = getattr(body, "raw_stream", body)
+    if isinstance(exchange, Exchange):
+        try:
+            await exchange.read_into(into)
+        except (OSError, HTTPException) as error:
+            raise TransientFault(f"the body of the answer broke off: {error!r}") from error
+        return
     for view in into:
         done = 0
         while done < len(view):

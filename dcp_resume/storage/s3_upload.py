@@ -6,6 +6,7 @@ import asyncio
 import base64
 import logging
 import secrets
+import time
 import zlib
 from bisect import bisect_right
 from collections.abc import Iterable, Sequence
@@ -13,22 +14,25 @@ from itertools import accumulate
 from typing import Any, Protocol
 
 from dcp_resume.errors import KeyNotFound, StorageError
-from dcp_resume.storage.concurrency import for_each
+from dcp_resume.storage.concurrency import ByteBudget, for_each
 from dcp_resume.storage.memory_body import MemoryBody
 from dcp_resume.storage.object_store import check_size
+from dcp_resume.storage.part_policy import (
+    BUDGET_BYTES,
+    WHOLE_BYTES,
+    PartPlan,
+    PartRate,
+    plan_parts,
+)
 from dcp_resume.storage.retry import Operation
 from dcp_resume.storage.s3_client import S3Client
 from dcp_resume.storage.s3_errors import refusal_in
 
-__all__ = ["crc32_header", "part_size_for", "upload"]
+__all__ = ["Uplink", "crc32_header", "upload"]
 
 _log = logging.getLogger("dcp_resume")
 
 _MIB = 1 << 20
-_PART_BYTES = 16 * _MIB
-"""Parts above 32 MiB are allocated afresh by glibc each time, which doubles the CPU cost."""
-_MAX_PARTS = 10_000
-_WINDOW = 8
 _MARK = "dcp-resume-upload"
 """Metadata name under which an upload leaves a token, to recognise its own object by."""
 
@@ -38,14 +42,17 @@ def crc32_header(data: bytes | memoryview) -> str:
     return base64.b64encode(zlib.crc32(data).to_bytes(4, "big")).decode()
 
 
-def part_size_for(total: int) -> int:
-    """Size of the parts of an object: 16 MiB, more only where there would be too many parts."""
-    needed = -(-total // _MAX_PARTS)
-    return max(_PART_BYTES, -(-needed // _MIB) * _MIB)
+class Uplink:
+    """What all uploads to one store share: the rate that was measured, and the bytes in flight."""
+
+    def __init__(self) -> None:
+        self.rate = PartRate()
+        self.budget = ByteBudget(BUDGET_BYTES)
 
 
 async def upload(
     client: S3Client,
+    uplink: Uplink,
     operation: Operation,
     key: str,
     buffers: Iterable[memoryview],
@@ -55,6 +62,7 @@ async def upload(
 
     Args:
         client: Where to send it.
+        uplink: Of the store.
         operation: For messages.
         key: Full key in the bucket.
         buffers: Contents; of a sequence read until the call ends, of any other iterable used up
@@ -71,29 +79,40 @@ async def upload(
     """
     content = _Joined(buffers) if isinstance(buffers, Sequence) else _Streamed(buffers, size or 0)
     check_size(len(content), size)
-    if len(content) <= _PART_BYTES:
-        body = await content.take(0, len(content))
-        await client.request(
-            operation,
-            "put_object",
-            Key=key,
-            Body=MemoryBody(body),
-            ChecksumCRC32=crc32_header(body),
-        )
+    if len(content) <= WHOLE_BYTES:
+        async with uplink.budget.taken(len(content)):
+            body = await content.take(0, len(content))
+            await client.request(
+                operation,
+                "put_object",
+                Key=key,
+                Body=MemoryBody(body),
+                ChecksumCRC32=await asyncio.to_thread(crc32_header, body),
+            )
     else:
-        await _Multipart(client, operation, key, content).run()
+        plan = plan_parts(len(content), rate=uplink.rate.bytes_per_s)
+        await _Multipart(client, uplink, operation, key, content, plan).run()
     return len(content)
 
 
 class _Multipart:
     """One multipart upload, from its creation to its completion or abort."""
 
-    def __init__(self, client: S3Client, operation: Operation, key: str, content: _Content) -> None:
+    def __init__(
+        self,
+        client: S3Client,
+        uplink: Uplink,
+        operation: Operation,
+        key: str,
+        content: _Content,
+        plan: PartPlan,
+    ) -> None:
         self._client = client
+        self._uplink = uplink
         self._operation = operation
         self._key = key
         self._content = content
-        self._part_bytes = part_size_for(len(content))
+        self._plan = plan
         self._token = secrets.token_hex(16)
         self._parts: dict[int, dict[str, Any]] = {}
 
@@ -106,12 +125,12 @@ class _Multipart:
             Metadata={_MARK: self._token},
         )
         upload_id: str = created["UploadId"]
-        count = -(-len(self._content) // self._part_bytes)
+        count = -(-len(self._content) // self._plan.part_bytes)
         try:
             await for_each(
                 range(1, count + 1),
                 lambda number: self._send_part(upload_id, number),
-                width=_WINDOW,
+                width=self._plan.width,
             )
             await self._complete(upload_id)
         except BaseException:  # cancellation too: an open upload costs money until someone looks
@@ -119,19 +138,26 @@ class _Multipart:
             raise
 
     async def _send_part(self, upload_id: str, number: int) -> None:
-        start = (number - 1) * self._part_bytes
-        stop = min(start + self._part_bytes, len(self._content))
-        body = await self._content.take(start, stop)
-        checksum = await asyncio.to_thread(crc32_header, body)
-        answer = await self._client.request(
-            self._operation,
-            "upload_part",
-            Key=self._key,
-            UploadId=upload_id,
-            PartNumber=number,
-            Body=MemoryBody(body),
-            ChecksumCRC32=checksum,
-        )
+        start = (number - 1) * self._plan.part_bytes
+        stop = min(start + self._plan.part_bytes, len(self._content))
+        async with self._uplink.budget.taken(stop - start):
+            body = await self._content.take(start, stop)
+            checksum = await asyncio.to_thread(crc32_header, body)
+
+            async def attempt() -> dict[str, Any]:
+                started_ns = time.monotonic_ns()
+                answer = await self._client.send(
+                    "upload_part",
+                    Key=self._key,
+                    UploadId=upload_id,
+                    PartNumber=number,
+                    Body=MemoryBody(body),
+                    ChecksumCRC32=checksum,
+                )
+                self._uplink.rate.note(stop - start, time.monotonic_ns() - started_ns)
+                return answer
+
+            answer = await self._client.retrying(self._operation, attempt)
         self._parts[number] = {
             "PartNumber": number,
             "ETag": answer["ETag"],
@@ -187,14 +213,14 @@ class _Content(Protocol):
 
 
 class _Streamed:
-    """Buffers that exist one at a time. Ranges must be taken in order, without gaps."""
+    """Buffers that exist one at a time. Ranges must not leave gaps; each waits for those before."""
 
     def __init__(self, buffers: Iterable[memoryview], size: int) -> None:
         self._buffers = iter(buffers)
         self._size = size
         self._rest = memoryview(b"")
-        # Fair: whoever asks first is served first, so parts that are sent in order come in order.
-        self._turn = asyncio.Lock()
+        self._position = 0
+        self._turn = asyncio.Condition()
 
     def __len__(self) -> int:
         return self._size
@@ -202,7 +228,11 @@ class _Streamed:
     async def take(self, start: int, stop: int) -> memoryview:
         """The next ``stop - start`` bytes; in a thread, because the buffers may come from afar."""
         async with self._turn:
-            return await asyncio.to_thread(self._next, stop - start, stop == self._size)
+            await self._turn.wait_for(lambda: self._position == start)
+            body = await asyncio.to_thread(self._next, stop - start, stop == self._size)
+            self._position = stop
+            self._turn.notify_all()
+            return body
 
     def _next(self, length: int, is_last: bool) -> memoryview:
         body = bytearray()

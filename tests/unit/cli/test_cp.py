@@ -110,6 +110,22 @@ def test_a_copy_that_ends_before_its_commit_counts_for_nothing(
     assert call("verify", tmp_path / "b")[0] == 0
 
 
+def test_a_directory_with_other_things_is_refused(run, tmp_path, call):
+    other = tmp_path / "b" / "notes.txt"
+    other.parent.mkdir()
+    other.write_text("mine")
+    code, _, err = call("cp", run, other.parent)
+    assert code == 2
+    assert "holds 'notes.txt'" in err
+    assert list(other.parent.iterdir()) == [other]
+    assert call("cp", run, other.parent / "run")[0] == 0
+    (tmp_path / "empty").mkdir()
+    assert call("cp", run, tmp_path / "empty")[0] == 0
+    shutil.copy(other, tmp_path / "empty" / "notes.txt")  # beside what is a run by now
+    assert call("cp", run, tmp_path / "empty", "--all")[0] == 1  # and not because of the notes
+    assert call("cp", run, tmp_path / "empty")[0] == 0
+
+
 def test_a_damaged_checkpoint_is_named_and_left_out(run, tmp_path, call, call_json):
     victim = next(iter(run.glob("step-00000020/*/*-model-*")))
     flip(victim, -1)

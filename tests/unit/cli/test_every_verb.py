@@ -9,7 +9,9 @@ import uuid
 import pytest
 
 from dcp_resume.cli.main import _parser, main
-from dcp_resume.manifest.keys import log_key
+from dcp_resume.errors import OutcomeUnknown
+from dcp_resume.manifest.keys import LOG_PREFIX, log_key
+from dcp_resume.storage.posix_store import PosixStore
 from tests.support.saved_run import flip
 from tests.support.verbs import call_verbs
 
@@ -160,6 +162,24 @@ def test_an_endpoint_that_refuses_connections_is_given_up_in_time_and_said(new, 
         assert "in 0.2 s" in out + err, verb
         assert "Traceback" not in err, verb
     assert not new.exists()
+
+
+@pytest.mark.parametrize("verb", ["cp", "reshard", "materialize", "import"])
+def test_an_append_whose_answer_is_lost_is_given_up_in_time(verb, run, new, call, monkeypatch):
+    lost = []
+    create = PosixStore.create
+
+    def lose(self, key, data):
+        if not key.startswith(LOG_PREFIX):
+            return create(self, key, data)
+        lost.append(key)
+        raise OutcomeUnknown("the answer was lost", url=self.url, key=key)
+
+    monkeypatch.setattr(PosixStore, "create", lose)
+    code, _, err = call(*words(VERBS[verb], url=run, new=new), "--deadline", "0.001")
+    assert code != 0
+    assert "log/" in err
+    assert len(lost) == 1  # two minutes' worth of them, without the deadline
 
 
 def test_waiting_for_an_endpoint_is_said(call):
