@@ -69,7 +69,9 @@ def target_of(fqn: str, box: Box, view: torch.Tensor, apply: Apply) -> Target | 
         apply is Apply.IN_PLACE and view.is_contiguous() and not (view.is_conj() or view.is_neg())
     )
     if is_direct:
-        return Target(fqn, box, as_bytes(view), None, None)
+        # uint8 first: numpy has no bfloat16, no fp8 and no complex32.
+        memory = view.detach().reshape(-1).view(torch.uint8).numpy().data
+        return Target(fqn, box, memory, None, None)
     copy = torch.empty(view.shape, dtype=view.dtype)
     return Target(fqn, box, as_bytes(copy), view, copy)
 

@@ -9,12 +9,20 @@ import random
 import threading
 import time
 from abc import abstractmethod
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
 from dcp_resume.errors import ConfigurationError, KeyExists, KeyNotFound, ShortRead, StorageError
-from dcp_resume.storage import ByteRange, ObjectInfo, ObjectStore, RangeRead, check_exclusive_create
+from dcp_resume.storage import (
+    ByteRange,
+    ObjectInfo,
+    ObjectStore,
+    RangeRead,
+    check_exclusive_create,
+    read_each,
+)
 
 _BAD_KEYS = (
     *("", "/", "/a", "a/", "a//b", ".", "..", "a/..", "../a", "a/./b", ".hidden", "a/.tmp-x"),
@@ -218,6 +226,24 @@ class ObjectStoreContract:
         for read in wanted:
             assert read.into == content[read.byte_range.start : read.byte_range.stop]
         store.read_into("k", [])
+
+    def test_one_memory_serves_ranges_that_are_read_one_by_one(self, store: ObjectStore):
+        store.write("k", views(b"0123456789"))
+        memory = memoryview(bytearray(4))
+        found: list[bytes] = []
+
+        def requests() -> Iterator[RangeRead]:
+            for start, stop in ((6, 10), (0, 3), (3, 3), (2, 6)):
+                into = memory[: stop - start]
+                yield RangeRead(ByteRange(start, stop), into)
+                found.append(bytes(into))
+
+        read_each(store, "k", requests())
+        assert found == [b"6789", b"012", b"", b"2345"]
+        with pytest.raises(ShortRead):
+            read_each(store, "k", [RangeRead(ByteRange(8, 12), memory)])
+        with pytest.raises(KeyNotFound):
+            read_each(store, "absent", [RangeRead(ByteRange(0, 4), memory)])
 
     @pytest.mark.parametrize("bounds", [(4, 6), (5, 6), (50, 60), (0, 6)])
     def test_range_past_the_end(self, store: ObjectStore, bounds: tuple[int, int]):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import pickle
-import time
 from pathlib import Path
 from typing import Any
 
@@ -31,10 +30,8 @@ from dcp_resume.errors import (
     LoadRefused,
     PartialLoad,
     RankSilent,
-    StorageUnavailable,
     UnsupportedLeaf,
 )
-from dcp_resume.manifest.boxes import Box
 from dcp_resume.manifest.models import TrainerFacts
 from dcp_resume.planning.local_plans import local_plan
 from dcp_resume.planning.merge import merge
@@ -43,13 +40,10 @@ from dcp_resume.planning.state import describe_state
 from dcp_resume.session.commit import choose_newest
 from dcp_resume.session.documents import Facts
 from dcp_resume.session.incarnation import forget_incarnations, incarnation_of
-from dcp_resume.session.opening import open_checkpoint
 from dcp_resume.session.ownership import own_run
-from dcp_resume.session.reading import NUM_READERS, read_targets
 from dcp_resume.session.run_log import RunLog
 from dcp_resume.session.save import SaveSession
 from dcp_resume.session.staging import Borrowed, BufferPool
-from dcp_resume.session.targets import target_of
 from dcp_resume.session.votes import LonelyVotes
 from dcp_resume.storage import open_store
 from tests.support.damage import flip
@@ -297,39 +291,6 @@ def test_two_stored_tensors_do_not_mix_in_one_memory(tmp_path, apply):
 
     assert [item.kind for item in result.report.items] == ["tied"]
     assert torch.equal(tied, filled(1, 2 * LARGE))
-
-
-def test_readers_stop_when_the_store_fails(tmp_path):
-    state = {f"w{n}": filled(n, LARGE) for n in range(12)}
-    with CheckpointManager(tmp_path, BLOCKING) as checkpoints:
-        checkpoints.save(1, state)
-    (directory,) = (tmp_path / "step-00000001").iterdir()
-    store = open_store(str(directory))
-    opened = open_checkpoint(store, "", None)
-    targets = [
-        target_of(name, Box.whole((LARGE,)), tensor, Apply.IN_PLACE)
-        for name, tensor in state.items()
-    ]
-    failing = Failing(store)
-
-    with pytest.raises(StorageUnavailable):
-        read_targets(failing, opened, targets)
-
-    assert failing.num_reads <= 2 * NUM_READERS
-
-
-class Failing:
-    """A store whose reads end at their deadline."""
-
-    def __init__(self, store: Any) -> None:
-        self._store = store
-        self.num_reads = 0
-        self.read_bytes = store.read_bytes
-
-    def read_into(self, key: str, reads: Any) -> None:
-        self.num_reads += 1
-        time.sleep(0.02)
-        raise StorageUnavailable("no answer", url="x://", key=key, attempts=1)
 
 
 # Plans and outcomes.

@@ -1,0 +1,95 @@
+"""Who reads: one reader, and more once the store makes it wait; all stop when it fails."""
+
+from __future__ import annotations
+
+import threading
+import time
+from typing import Any
+
+import pytest
+import torch
+
+from dcp_resume import Apply, CheckpointManager
+from dcp_resume.errors import StorageUnavailable
+from dcp_resume.manifest.boxes import Box
+from dcp_resume.session.opening import open_checkpoint
+from dcp_resume.session.reading import NUM_READERS, RUN_BYTES, read_targets
+from dcp_resume.session.targets import target_of
+from dcp_resume.storage import open_store
+from tests.unit.test_edges import BLOCKING, LARGE, filled
+
+
+def test_readers_stop_when_the_store_fails(tmp_path):
+    state = {f"w{n}": filled(n, LARGE) for n in range(12)}
+    with CheckpointManager(tmp_path, BLOCKING) as checkpoints:
+        checkpoints.save(1, state)
+    (directory,) = (tmp_path / "step-00000001").iterdir()
+    store = open_store(str(directory))
+    opened = open_checkpoint(store, "", None)
+    targets = [
+        target_of(name, Box.whole((LARGE,)), tensor, Apply.IN_PLACE)
+        for name, tensor in state.items()
+    ]
+    failing = Failing(store)
+
+    with pytest.raises(StorageUnavailable):
+        read_targets(failing, opened, targets)
+
+    assert failing.num_reads <= 2 * NUM_READERS
+
+
+def test_a_store_that_makes_a_reader_wait_gets_all_readers(tmp_path):
+    length = RUN_BYTES // 4  # a tensor fills a run
+    state = {f"w{n}": torch.full((length,), float(n)) for n in range(2 * NUM_READERS)}
+    with CheckpointManager(tmp_path, BLOCKING) as checkpoints:
+        checkpoints.save(1, state)
+    (directory,) = (tmp_path / "step-00000001").iterdir()
+    store = open_store(str(directory))
+    opened = open_checkpoint(store, "", None)
+    found = {name: torch.zeros(length) for name in state}
+    targets = [
+        target_of(name, Box.whole((length,)), tensor, Apply.IN_PLACE)
+        for name, tensor in found.items()
+    ]
+    gathering = Gathering(store)
+
+    outcome = read_targets(gathering, opened, targets)
+
+    assert outcome.problems == []
+    assert len(gathering.readers) == NUM_READERS
+    assert all(torch.equal(found[name], tensor) for name, tensor in state.items())
+
+
+class Gathering:
+    """A store whose first read takes a moment, and whose others until all readers are there."""
+
+    def __init__(self, store: Any) -> None:
+        self._store = store
+        self._are_all_here = threading.Event()
+        self._lock = threading.Lock()
+        self.readers: set[int] = set()
+        self.read_bytes = RUN_BYTES
+
+    def read_into(self, key: str, reads: Any) -> None:
+        with self._lock:
+            is_first = not self.readers
+            self.readers.add(threading.get_ident())
+            if len(self.readers) == NUM_READERS:
+                self._are_all_here.set()
+        is_gathered = self._are_all_here.wait(0.01 if is_first else 60)
+        assert is_first or is_gathered, f"{len(self.readers)} readers came"
+        self._store.read_into(key, reads)
+
+
+class Failing:
+    """A store whose reads end at their deadline."""
+
+    def __init__(self, store: Any) -> None:
+        self._store = store
+        self.num_reads = 0
+        self.read_bytes = store.read_bytes
+
+    def read_into(self, key: str, reads: Any) -> None:
+        self.num_reads += 1
+        time.sleep(0.02)
+        raise StorageUnavailable("no answer", url="x://", key=key, attempts=1)
