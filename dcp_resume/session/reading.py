@@ -8,6 +8,7 @@ from collections.abc import Generator, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import dataclass, field
+from itertools import chain
 
 import numpy as np
 
@@ -17,6 +18,7 @@ from dcp_resume.manifest.boxes import Box
 from dcp_resume.planning.byte_reads import BoxCopy, BytesCopy, ChunkPlace, Read, plan_reads
 from dcp_resume.planning.overlaps import Wanted, find_overlaps
 from dcp_resume.session.opening import OpenedCheckpoint
+from dcp_resume.session.own_cores import own_cores
 from dcp_resume.session.targets import Target
 from dcp_resume.storage import ByteRange, ObjectStore, RangeRead, read_each
 
@@ -25,8 +27,9 @@ __all__ = ["ReadOutcome", "plan_boxes", "read_targets"]
 MAX_GAP_BYTES = 256 * 1024
 """A gap up to this is read along: a request costs more than its bytes."""
 NUM_READERS = 4
-"""Once the store lets the first one wait; where bytes are at hand, more readers only take each
-other's cache and turns. Each has memory for one read: the store's ``read_bytes``, or a block."""
+"""Once the store lets one wait; before that, no more than the rank has cores: where bytes are at
+hand, further readers only take each other's cache and turns. Each has memory for one read: the
+store's ``read_bytes``, or a block."""
 RUN_BYTES = 8 * 2**20
 """Ranges that one reader takes at once, so that it opens their file once."""
 
@@ -248,7 +251,9 @@ def _runs(reads: Sequence[Read]) -> Iterator[Sequence[Read]]:
 
 def _voluntary_switches() -> int:
     """How often this thread gave up its core to wait."""
-    return resource.getrusage(resource.RUSAGE_THREAD).ru_nvcsw
+    # Only Linux counts by thread; that of all threads is more, so that readers come too early.
+    who = getattr(resource, "RUSAGE_THREAD", resource.RUSAGE_SELF)
+    return resource.getrusage(who).ru_nvcsw
 
 
 def _as_array(
@@ -280,9 +285,11 @@ def read_targets(
         ThreadPoolExecutor(NUM_READERS - 1, "dcp-resume-read") as pool,
         closing(reader.read_runs()) as runs,
     ):
-        for has_waited in runs:
-            if has_waited and not helpers:
-                helpers += [pool.submit(reader.read_all) for _ in range(NUM_READERS - 1)]
+        wanted = min(NUM_READERS, own_cores()) if len(reads) > 1 else 1
+        for has_waited in chain([False], runs):
+            wanted = NUM_READERS if has_waited else wanted
+            while len(helpers) + 1 < wanted:
+                helpers.append(pool.submit(reader.read_all))
     for helper in helpers:
         helper.result()
     return reader.outcome

@@ -1,7 +1,8 @@
-"""Who reads: one reader, and more once the store makes it wait; all stop when it fails."""
+"""Who reads: as many as a rank has cores, and more once the store makes one wait."""
 
 from __future__ import annotations
 
+import os
 import threading
 import time
 from typing import Any
@@ -13,10 +14,13 @@ from dcp_resume import Apply, CheckpointManager
 from dcp_resume.errors import StorageUnavailable
 from dcp_resume.manifest.boxes import Box
 from dcp_resume.session.opening import open_checkpoint
+from dcp_resume.session.own_cores import own_cores
 from dcp_resume.session.reading import NUM_READERS, RUN_BYTES, read_targets
 from dcp_resume.session.targets import target_of
 from dcp_resume.storage import open_store
 from tests.unit.test_edges import BLOCKING, LARGE, filled
+
+ALL = len(os.sched_getaffinity(0))
 
 
 def test_readers_stop_when_the_store_fails(tmp_path):
@@ -40,7 +44,7 @@ def test_readers_stop_when_the_store_fails(tmp_path):
 
 def test_a_store_that_makes_a_reader_wait_gets_all_readers(tmp_path):
     length = RUN_BYTES // 4  # a tensor fills a run
-    state = {f"w{n}": torch.full((length,), float(n)) for n in range(2 * NUM_READERS)}
+    state = {f"w{n}": torch.full((length,), float(n)) for n in range(4 * NUM_READERS)}
     with CheckpointManager(tmp_path, BLOCKING) as checkpoints:
         checkpoints.save(1, state)
     (directory,) = (tmp_path / "step-00000001").iterdir()
@@ -60,8 +64,16 @@ def test_a_store_that_makes_a_reader_wait_gets_all_readers(tmp_path):
     assert all(torch.equal(found[name], tensor) for name, tensor in state.items())
 
 
+@pytest.mark.parametrize(
+    ("told", "cores"), [("", ALL), ("1", ALL), (str(ALL), 1), (str(4 * ALL), 1), ("some", ALL)]
+)
+def test_a_rank_counts_on_its_share_of_the_hosts_cores(monkeypatch, told, cores):
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", told)
+    assert own_cores() == cores
+
+
 class Gathering:
-    """A store whose first read takes a moment, and whose others until all readers are there."""
+    """A store that lets each reader wait: a moment at first, later until all readers are there."""
 
     def __init__(self, store: Any) -> None:
         self._store = store
@@ -72,7 +84,7 @@ class Gathering:
 
     def read_into(self, key: str, reads: Any) -> None:
         with self._lock:
-            is_first = not self.readers
+            is_first = threading.get_ident() not in self.readers
             self.readers.add(threading.get_ident())
             if len(self.readers) == NUM_READERS:
                 self._are_all_here.set()
