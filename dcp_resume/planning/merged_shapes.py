@@ -14,12 +14,13 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from dcp_resume.errors import IncompletePlan, InvalidDocument, Problem
+from dcp_resume.errors import IncompletePlan, Problem
 from dcp_resume.format.digests import digest_bytes
 from dcp_resume.format.dtypes import ITEMSIZES
 from dcp_resume.manifest.models import MeshEntry, TensorEntry
 from dcp_resume.planning.balance import assign_writers, share_rows
 from dcp_resume.planning.box_rows import Boxes
+from dcp_resume.planning.plan_check import check_listed, check_places, repeated
 from dcp_resume.planning.plans import PlanShape
 from dcp_resume.planning.replicas import Comparison, Holders, deduplicate, join_aliases
 from dcp_resume.planning.table import Table
@@ -93,9 +94,10 @@ def merge_shapes(shapes: Sequence[PlanShape]) -> MergedShapes:
     Raises:
         IncompletePlan: Ranks contradict each other about a tensor, or the chunks of one do not
             tile it.
-        InvalidDocument: A rank names a box that it does not list.
+        InvalidDocument: A rank says that it is another, or names what it does not list.
         ReplicaMismatch: Tied tensors are not alike, or cut differently.
     """
+    check_places(shapes)
     union = unite(shapes)
     table, evidence = _concatenate(shapes, union)
     table, tensors = _place_per_rank(table, union.tensors)
@@ -153,17 +155,19 @@ def _concatenate(shapes: Sequence[PlanShape], union: Union) -> tuple[Table, I32]
         first[structure] = len(ids)
         ids += own
     if len(first) > 1:
-        local = local + _repeated([first[shape.structure] for shape in shapes], counts)
+        local = local + repeated([first[shape.structure] for shape in shapes], counts)
     boxes, box = _united_boxes(shapes, counts)
     table = Table(
         np.asarray(ids or [0], np.int32)[local],
-        _repeated([shape.rank for shape in shapes], counts),
+        repeated([shape.rank for shape in shapes], counts),
         box,
         boxes,
     )
     evidence = np.full(len(local), -1, np.int32)
-    starts = np.repeat(np.cumsum(counts) - counts, [len(shape.compared) for shape in shapes])
+    num_compared = [len(shape.compared) for shape in shapes]
+    starts = np.repeat(np.cumsum(counts) - counts, num_compared)
     compared = np.concatenate([shape.compared for shape in shapes])
+    check_listed(compared, counts, num_compared, "a chunk")
     evidence[starts + compared] = np.arange(len(compared))
     return table, evidence
 
@@ -173,19 +177,9 @@ def _united_boxes(shapes: Sequence[PlanShape], counts: Sequence[int]) -> tuple[B
     num_boxes = [len(shape.boxes) for shape in shapes]
     boxes, row = Boxes.stacked([shape.boxes for shape in shapes], 1).distinct()
     local = np.concatenate([shape.box for shape in shapes])
-    is_wrong = (local < 0) | (local >= _repeated(num_boxes, counts))
-    if is_wrong.any():
-        rank = int(_repeated([shape.rank for shape in shapes], counts)[is_wrong][0])
-        message = f"rank {rank} names a box that it does not list"
-        raise InvalidDocument(
-            f"{message}; use one version of dcp_resume", problems=(Problem("plan", "box", message),)
-        )
-    local = local + _repeated((np.cumsum(num_boxes) - num_boxes).tolist(), counts)
+    check_listed(local, num_boxes, counts, "a box")
+    local = local + repeated((np.cumsum(num_boxes) - num_boxes).tolist(), counts)
     return boxes, row[local]
-
-
-def _repeated(of_ranks: Sequence[int], counts: Sequence[int]) -> I32:
-    return np.repeat(np.asarray(of_ranks, np.int32), counts)
 
 
 def _place_per_rank(

@@ -10,6 +10,7 @@ import numpy.typing as npt
 
 from dcp_resume.errors import IncompletePlan, Problem
 from dcp_resume.manifest.models import MeshEntry, TensorEntry
+from dcp_resume.planning.plan_check import check_listed
 from dcp_resume.planning.plans import PlanShape, decode_structure
 from dcp_resume.problems import summarise
 
@@ -36,6 +37,7 @@ def unite(plans: Sequence[PlanShape]) -> Union:
 
     Raises:
         IncompletePlan: Ranks contradict each other about a tensor.
+        InvalidDocument: A rank names a tensor that it does not list.
     """
     tensors: list[TensorEntry] = []
     ids: dict[str, int] = {}
@@ -64,6 +66,9 @@ def unite(plans: Sequence[PlanShape]) -> Union:
             f"declare the same layouts on every rank",
             problems=tuple(problems),
         )
+    num_tensors = [len(global_ids[plan.structure]) for plan in plans]
+    counts = [len(plan.tensor) for plan in plans]
+    check_listed(np.concatenate([plan.tensor for plan in plans]), num_tensors, counts, "a tensor")
     held = {structure: np.zeros(len(row), bool) for structure, row in global_ids.items()}
     for plan in plans:
         # A rank whose shard is empty cannot tell that it is tied, and has no say.

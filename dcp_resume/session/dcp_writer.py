@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from typing import Any, Literal
 
 import torch
@@ -252,10 +253,12 @@ class Writer(StorageWriter):
         order = Order.from_bytes(plan.storage_data)
         rank_plan = RankPlan.from_bytes(plan.storage_data[Order.NUM_BYTES :])
         source, values = _source(plan, planner)
-        copies = prompt_copies()
-        staged = stage_rank(rank_plan, source, Borrowed(incarnation.pool), copies)
-        try:
+        with ExitStack() as ending:
+            copies = prompt_copies()
+            ending.callback(copies.abandon)  # a device must not write on into what is let go
+            staged = stage_rank(rank_plan, source, Borrowed(incarnation.pool), copies)
             copies.finish()
+            ending.callback(staged.release)
             num_bytes = staged.num_bytes
             report = write_rank(
                 staged,
@@ -265,9 +268,6 @@ class Writer(StorageWriter):
                 order.algorithm,
                 order.tensor_digests,
             )
-        finally:
-            copies.abandon()
-            staged.release()
         data = [report.to_bytes(), pack_leaves(values)]
         results.set_result([WriteResult(MetadataIndex("~report"), num_bytes, data)])
         return results

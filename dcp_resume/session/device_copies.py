@@ -60,7 +60,6 @@ class DeviceCopies:
         self._lock = threading.Lock()
         self._versions: list[tuple[StepTensor, int]] = []  # at the save; until known to have held
         self._failure: StateError | None = None
-        self._is_held = False
 
     def copy(self, place: torch.Tensor, source: torch.Tensor) -> None:
         """Ask for a copy; none is queued before ``close``."""
@@ -92,19 +91,19 @@ class DeviceCopies:
 
     @property
     def are_done(self) -> bool:
-        """Whether what the caller queues may change every source."""
-        is_free = self._is_held or all(mark.is_reached for mark in self._late_marks)
-        return is_free and self._host.are_done
+        """Whether what anybody queues may change every source."""
+        if not self._host.are_done or not all(mark.is_reached for mark in self._late_marks):
+            return False
+        self._check_versions()  # before the caller makes changes that it now may
+        return True
 
     def drain(self) -> None:
-        """Hold the calling thread's streams until every source is copied."""
+        """Hold the calling thread's current streams until every source is copied."""
         self._host.drain()
-        if self._is_held:
-            return
         self._check_versions()
         for mark in self._late_marks:
-            mark.hold_caller()
-        self._is_held = True
+            if not mark.is_reached:  # by others held or not: each stream waits for itself
+                mark.hold_caller()
 
     def finish(self) -> None:
         """Return when every place holds what its source held at ``copy``.

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import mmap
 import weakref
+from contextlib import suppress
 from enum import Enum
 
 import numpy as np
@@ -57,6 +58,7 @@ def _registered(num_bytes: int) -> torch.Tensor:
     code = int(driver.cudaHostRegister(address, len(mapping), _PORTABLE))
     if code:
         reason = f"cudaHostRegister answers {code}"
+        _forget_refusal()
         emit(HostMemoryNotPinned(num_bytes=num_bytes, reason=reason))
         return buffer
     # The mapping must outlive its registration, so the finalizer holds it. At the interpreter's
@@ -65,6 +67,11 @@ def _registered(num_bytes: int) -> torch.Tensor:
     return buffer
 
 
-def _unregister(address: int, mapping: mmap.mmap) -> None:
-    del mapping
+def _forget_refusal() -> None:
+    """The driver keeps a refusal as its last error, and torch raises that at the next kernel."""
+    with suppress(RuntimeError):
+        torch.zeros(1, device="cuda")
+
+
+def _unregister(address: int, _mapping: mmap.mmap) -> None:
     torch.cuda.cudart().cudaHostUnregister(address)  # type: ignore[no-untyped-call]

@@ -137,7 +137,8 @@ class _Reader:
 
     def _next_run(self) -> Sequence[Read] | None:
         with self._lock:
-            return None if self._is_stopped else next(self._runs, None)
+            is_over = self._is_stopped or bool(self.outcome.problems)
+            return None if is_over else next(self._runs, None)
 
     def _carry_out(self, run: Sequence[Read], buffer: memoryview) -> bool:
         key = self._opened.file_key(run[0].file)

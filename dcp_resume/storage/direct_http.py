@@ -80,7 +80,10 @@ class DirectHttp:
 
     async def run(self, work: Callable[[], T], abort: Callable[[], None]) -> T:
         """Work in a thread. A cancelled wait aborts it, and ends when the thread is done."""
-        future = asyncio.get_running_loop().run_in_executor(self._threads, work)
+        try:
+            future = asyncio.get_running_loop().run_in_executor(self._threads, work)
+        except RuntimeError as error:  # no new work after ``close``
+            raise ConnectionAbortedError("the store was closed") from error
         try:
             return await asyncio.shield(future)
         except asyncio.CancelledError:
@@ -152,6 +155,7 @@ class Exchange:
         self._request = request
         self._lock = threading.Lock()
         self._connection: http.client.HTTPConnection | None = None
+        self._socket: socket.socket | None = None
         self._answer: http.client.HTTPResponse | None = None
         self._is_aborted = False
         self._is_broken = False
@@ -206,17 +210,20 @@ class Exchange:
 
     def open(self) -> None:
         """Send the request, and read the head of the answer."""
+        self._check_wanted()
         connection = self._owner.connect(self._request)
         with self._lock:
             self._connection = connection
-            is_aborted = self._is_aborted
-        if is_aborted:
-            raise ConnectionAbortedError("the exchange was aborted")
         request = self._request
         connection.putrequest(request.method, _target(request.url), skip_accept_encoding=True)
         for name, value in request.headers.items():
             connection.putheader(name, value)
         connection.endheaders()
+        with self._lock:
+            # The connection forgets it as soon as the answer says that nothing will follow, which
+            # is before the body is read.
+            self._socket = connection.sock
+        self._check_wanted()
         try:
             for piece in _slices(request.body):
                 connection.sock.sendall(piece)
@@ -269,10 +276,14 @@ class Exchange:
         """End the thread's wait, whatever it waits for; the thread closes."""
         with self._lock:
             self._is_aborted = True
-            connection = self._connection
-        if connection is not None and connection.sock is not None:
-            with suppress(OSError):
-                socket.socket.shutdown(connection.sock, socket.SHUT_RDWR)
+            used = self._socket
+        if used is not None:
+            with suppress(OSError):  # it has ended already
+                socket.socket.shutdown(used, socket.SHUT_RDWR)
+
+    def _check_wanted(self) -> None:
+        if self._is_aborted:
+            raise ConnectionAbortedError("the exchange was aborted")
 
 
 def _target(url: str) -> str:

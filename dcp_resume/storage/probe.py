@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from threading import Barrier
 
-from dcp_resume.errors import KeyExists, UnsupportedStore
+from dcp_resume.errors import KeyExists, StorageUnavailable, UnsupportedStore
 from dcp_resume.storage.object_store import ObjectStore
 
 __all__ = ["check_exclusive_create", "race_for_keys"]
@@ -78,9 +78,21 @@ def _race(store: ObjectStore, keys: Sequence[str]) -> dict[str, int]:
         return _wins(store, key, name)
 
     with ThreadPoolExecutor(2 * len(keys)) as pool:
-        racers = {
-            key: [pool.submit(contend, key, name) for name in (b"one", b"other")] for key in keys
-        }
+        try:
+            racers = {
+                key: [pool.submit(contend, key, name) for name in (b"one", b"other")]
+                for key in keys
+            }
+        except RuntimeError as error:
+            for gate in gates.values():
+                gate.abort()  # who waits there would do so for ever
+            raise StorageUnavailable(
+                f"cannot prove the exclusive create of {store.url}: this host does not "
+                f"start the {2 * len(keys)} threads that race for it ({error}); raise its limit",
+                url=store.url,
+                key=keys[0],
+                attempts=1,
+            ) from error
         return {key: sum(racer.result() for racer in pair) for key, pair in racers.items()}
 
 

@@ -82,7 +82,6 @@ def test_a_snapshot_is_the_state_at_the_save_in_whatever_order_the_device_works(
             copies.finish()
             assert_are(places, saved)
         copies.drain()
-        assert copies.are_done
         trainer.step()
         trainer.forward()
         copies.finish()
@@ -97,6 +96,7 @@ def test_the_host_waits_for_no_copy_before_the_files_are_written():
     copies, places = start(trainer, StepMemory((), ()))
     assert copies.are_done
     copies.drain()
+    assert copies.are_done
     assert all(place.isnan().all() for place in places[:5])
     assert torch.equal(places[5], trainer.count)
     copies.finish()
@@ -110,6 +110,22 @@ def test_a_late_copy_is_not_done_until_the_device_made_it_or_a_step_waits_for_it
     trainer.device.do_some_work(1000)
     assert copies.are_done
     assert_are(places, trainer.expected)
+    with torch.no_grad():
+        trainer.model[2].mul_(2)  # as it now may
+    copies.finish()
+
+
+def test_every_stream_that_steps_waits_for_itself():
+    for seed in SEEDS:
+        trainer = DeviceTrainer(seed)
+        copies, places = start(trainer, trainer.memory())
+        saved = [value.clone() for value in trainer.expected]
+        copies.drain()  # by a thread of its own, on another stream
+        trainer.device.trainer = trainer.device.open_queue(torch.device("cpu"))
+        copies.drain()
+        trainer.step()
+        copies.finish()
+        assert_are(places, saved)
 
 
 def test_a_change_by_something_else_than_a_step_before_the_copy_fails_the_save_by_name():

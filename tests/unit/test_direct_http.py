@@ -34,6 +34,8 @@ class Handler(BaseHTTPRequestHandler):
         self.send_response(206)
         self.send_header("Content-Length", str(len(body)))
         self.send_header("Content-Range", f"bytes {start}-{last}/{len(CONTENT)}")
+        if self.path.endswith("last"):
+            self.send_header("Connection", "close")
         self.end_headers()
         if self.path.startswith("/endless"):
             self.wfile.write(body[:-1])
@@ -160,11 +162,14 @@ def test_a_body_fills_memory_piece_by_piece_and_its_connection_is_used_again(
     direct.close()
 
 
-def test_a_cancelled_read_ends_at_once_and_touches_its_memory_no_more(server: Server) -> None:
+@pytest.mark.parametrize("path", ["/endless", "/endless-and-last"])
+def test_a_cancelled_read_ends_at_once_and_touches_its_memory_no_more(
+    server: Server, path: str
+) -> None:
     direct, memory = direct_http(), bytearray(100)
 
     async def cancel() -> None:
-        exchange = await direct.exchange(ranged(server, "/endless", 0, 100))
+        exchange = await direct.exchange(ranged(server, path, 0, 100))
         task = asyncio.create_task(exchange.read_into([memoryview(memory)]))
         await asyncio.to_thread(server.is_waiting.wait)
         task.cancel()  # the read time-out is a minute away, and the server waits for us
@@ -174,6 +179,17 @@ def test_a_cancelled_read_ends_at_once_and_touches_its_memory_no_more(server: Se
     asyncio.run(cancel())
     memory.append(0)  # no view of it is left, so that it may grow
     direct.close()
+
+
+def test_an_exchange_of_a_closed_client_ends_as_one_that_the_network_cut(server: Server) -> None:
+    direct = direct_http()
+    direct.close()
+
+    async def ask() -> None:
+        await direct.exchange(ranged(server, "/", 0, 100))
+
+    with pytest.raises(ConnectionAbortedError):
+        asyncio.run(ask())
 
 
 def test_a_store_writes_and_reads_over_tls(tls_server: Server, certificate: Path) -> None:

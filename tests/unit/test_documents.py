@@ -119,8 +119,18 @@ def test_a_plan_whose_chunks_overlap_is_refused_at_every_save():
         assert {problem.kind for problem in twice.tiling_problems} == {"overlap"}
 
 
-def test_a_box_that_a_rank_does_not_list_is_refused():
+FORGED = {
+    "rank 1 names a box that": lambda s: replace(s, box=s.box + 7),
+    "rank 1 names a tensor that": lambda s: replace(s, tensor=s.tensor - 1),
+    "rank 1 names a tensor that it": lambda s: replace(s, tensor=s.tensor + 99),
+    "rank 1 names a chunk that": lambda s: replace(s, compared=np.asarray([-1], np.int32)),
+    "rank 1 says that it is rank 0": lambda s: replace(s, rank=0),
+}
+
+
+@pytest.mark.parametrize("message", FORGED)
+def test_a_plan_that_names_what_it_does_not_list_or_another_rank_is_refused(message):
     offered = plans("a")
-    shape = replace(offered[1].shape, box=offered[1].shape.box + 7)
-    with pytest.raises(InvalidDocument, match="rank 1 names a box that it does not list"):
+    shape = FORGED[message](offered[1].shape)
+    with pytest.raises(InvalidDocument, match=message):
         merge([offered[0], replace(offered[1], shape=shape), offered[2]])

@@ -42,6 +42,26 @@ def test_readers_stop_when_the_store_fails(tmp_path):
     assert failing.num_reads <= 2 * NUM_READERS
 
 
+def test_readers_stop_when_a_fault_is_found(tmp_path):
+    length = RUN_BYTES // 4  # a tensor fills a run
+    state = {f"w{n}": torch.full((length,), float(n)) for n in range(4 * NUM_READERS)}
+    with CheckpointManager(tmp_path, BLOCKING) as checkpoints:
+        checkpoints.save(1, state)
+    (directory,) = (tmp_path / "step-00000001").iterdir()
+    store = open_store(str(directory))
+    opened = open_checkpoint(store, "", None)
+    targets = [
+        target_of(name, Box.whole((length,)), tensor, Apply.IN_PLACE)
+        for name, tensor in state.items()
+    ]
+    emptied = Emptied(store)
+
+    outcome = read_targets(emptied, opened, targets)
+
+    assert {problem.kind for problem in outcome.problems} == {"read"}
+    assert emptied.num_reads <= NUM_READERS
+
+
 def test_a_store_that_makes_a_reader_wait_gets_all_readers(tmp_path):
     length = RUN_BYTES // 4  # a tensor fills a run
     state = {f"w{n}": torch.full((length,), float(n)) for n in range(4 * NUM_READERS)}
@@ -91,6 +111,19 @@ class Gathering:
         is_gathered = self._are_all_here.wait(0.01 if is_first else 60)
         assert is_first or is_gathered, f"{len(self.readers)} readers came"
         self._store.read_into(key, reads)
+
+
+class Emptied:
+    """A store whose files are gone."""
+
+    def __init__(self, store: Any) -> None:
+        self._store = store
+        self.num_reads = 0
+        self.read_bytes = store.read_bytes
+
+    def read_into(self, key: str, reads: Any) -> None:
+        self.num_reads += 1
+        self._store.read_into(f"{key}-gone", reads)
 
 
 class Failing:
