@@ -121,9 +121,9 @@ class Emptied:
         self.num_reads = 0
         self.read_bytes = store.read_bytes
 
-    def read_into(self, key: str, reads: Any) -> None:
+    def read_each(self, key: str, reads: Any) -> None:
         self.num_reads += 1
-        self._store.read_into(f"{key}-gone", reads)
+        self._store.read_each(f"{key}-gone", reads)
 
 
 class Failing:
