@@ -230,7 +230,7 @@ def _refuse_averages(trainer: Trainer) -> None:
             raise ConfigurationError(
                 f"{type(callback).__name__} saves its average in place of the model's own "
                 f"state_dict, which does not pass through Lightning's checkpoint here; average in "
-                f"a torch.optim.swa_utils.AveragedModel that is a submodule of the module",
+                f"a torch.optim.swa_utils.AveragedModel that the module holds beside its network",
                 option="callbacks",
             )
 
