@@ -135,8 +135,10 @@ class ResumableCheckpoint(Checkpoint):
     @override
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """A step that validation followed is complete."""
-        is_fitting = not trainer.sanity_checking and trainer.state.fn == "fit"
-        if is_fitting and not trainer.fit_loop.epoch_loop._num_ready_batches_reached():
+        if trainer.sanity_checking or trainer.state.fn != "fit":
+            return
+        self._hold_stop(trainer)
+        if not trainer.fit_loop.epoch_loop._num_ready_batches_reached():
             self._pass_boundary(trainer, is_between_epochs=False)
 
     @override

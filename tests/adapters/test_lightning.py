@@ -230,7 +230,7 @@ def straight_of(tmp_path_factory):
         ({"callbacks": [StopIn(5)]}, 1, 6, 6),
         ({"callbacks": [StopIn(5)]}, 4, 8, 2),  # the stop waits for the second step
         ({"model": StopsItself}, 1, 6, 6),
-        ({"model": StopsItself, "save_interval": 1}, 4, 6, 1),  # two batches come again
+        ({"model": StopsItself}, 4, 6, None),  # among accumulated batches, and nothing saved before
         ({"callbacks": [StopIn(9)]}, 4, 10, 3),  # the epoch's last batch
     ],
 )
@@ -241,10 +241,29 @@ def test_after_a_stop_the_epoch_goes_on_with_the_batch_that_is_next(
     job = {"validates": False, "max_epochs": 2, "save_interval": 100}
     stopped = Job(tmp_path, **{**job, **stop}, options=options).run()
     assert len(stopped.losses) == num_batches
+    is_told = any("step 1 is not saved" in warning for warning in stopped.warnings)
+    assert is_told == (resumed_step is None)
     resumed = Job(tmp_path, **job, options=options).run()
     assert resumed.resumed_step == resumed_step
-    assert len(resumed.losses) == 20 - min(resumed_step * accumulated, 10)
+    assert len(resumed.losses) == 20 - min((resumed_step or 0) * accumulated, 10)
     assert_equal(resumed, straight_of(accumulated))
+
+
+class StopByMetric(Callback):
+    """Asks for a stop after a validation, as early stopping does."""
+
+    def on_validation_end(self, trainer, pl_module):
+        trainer.should_stop = not trainer.sanity_checking
+
+
+def test_a_stop_after_a_validation_waits_for_the_step_of_accumulated_batches(tmp_path):
+    options = {"accumulate_grad_batches": 4, "val_check_interval": 3}
+    job = {"save_interval": 100, "options": options, "max_epochs": 1}
+    stopped = Job(tmp_path, **job, callbacks=[StopByMetric()]).run()
+    assert [number for _, number, _ in stopped.losses] == list(range(4))
+    resumed = Job(tmp_path, **job).run()
+    assert resumed.resumed_step == 1
+    assert [number for _, number, _ in resumed.losses] == list(range(4, 10))
 
 
 def test_a_callback_that_averages_weights_is_refused(tmp_path):
