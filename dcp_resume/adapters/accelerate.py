@@ -51,6 +51,9 @@ class AcceleratedRun:
     def batches(self, loader: Any) -> Iterator[Any]:
         """The rest of the epoch; the next call is the next epoch.
 
+        Leaving the loop early ends the epoch too, at that next call: a save before it still goes on
+        with the batches that are left.
+
         Args:
             loader: The prepared training loader. After a resume it is read up to its place.
 
@@ -58,6 +61,8 @@ class AcceleratedRun:
             ConfigurationError: It has not as many batches as when the epoch was saved.
         """
         place, self._place, self._loader = self._place, {}, loader
+        if self._used and not place:  # the loop before was left early
+            self.epoch, self._used = self.epoch + 1, 0
         loader.set_epoch(self.epoch)
         if place:
             self._put_draws(place["start"])
@@ -88,10 +93,13 @@ class AcceleratedRun:
     # The state.
 
     def parts(self) -> dict[str, Any]:
-        """The state for ``CheckpointManager``; call it anew for each save and load.
+        """The state for ``CheckpointManager``.
+
+        Several optimizers are parts of their own: ``optim_0`` and so on.
 
         Raises:
-            ConfigurationError: DeepSpeed or Megatron-LM keep their state to themselves.
+            ConfigurationError: DeepSpeed or Megatron-LM keep their state to themselves, or several
+                models were prepared.
         """
         accelerator: Any = self._accelerator
         kind = str(accelerator.distributed_type.value)
@@ -99,10 +107,16 @@ class AcceleratedRun:
             raise ConfigurationError(
                 f"{kind} keeps its state to itself; use DDP or FSDP", option="accelerator"
             )
+        if len(accelerator._models) > 1:
+            raise ConfigurationError(
+                f"{len(accelerator._models)} models were prepared, whose parameters may have the "
+                f"same names; prepare one torch.nn.ModuleDict that holds them",
+                option="accelerator",
+            )
         registered = {f"custom_{n}": item for n, item in enumerate(accelerator._custom_objects)}
         return {
             "model": list(accelerator._models),
-            "optim": [wrapper.optimizer for wrapper in accelerator._optimizers],
+            **_numbered([wrapper.optimizer for wrapper in accelerator._optimizers]),
             "trainer": self.trainer,
             **registered,
             "accelerate": WholeValue("accelerate", self._dump, self._take),
@@ -111,7 +125,7 @@ class AcceleratedRun:
                 self._dump_place,
                 self._take_place,
                 derive=lambda step: self._rng.derive({}, step),
-                is_bound=not self._is_between_epochs,
+                is_bound=lambda: not self._is_between_epochs,
                 bound_to={"gradient_accumulation_steps": accelerator.gradient_accumulation_steps},
             ),
         }
@@ -135,6 +149,8 @@ class AcceleratedRun:
         accelerator.step, self.epoch = saved["step"], saved["epoch"]
 
     def _dump_place(self) -> dict[str, Any]:
+        if self._place:  # nobody has gone there yet
+            return self._place
         now = self._draws()
         if self._is_between_epochs:
             return {"used": 0, "num_batches": 0, "start": now, "now": now}
@@ -146,7 +162,15 @@ class AcceleratedRun:
 
     @property
     def _is_between_epochs(self) -> bool:
-        return self._used == 0 or self._used == len(self._loader)
+        if self._used == 0 or self._place:
+            return self._used == 0
+        return self._used == len(self._loader)
+
+
+def _numbered(optimizers: list[Any]) -> dict[str, Any]:
+    if len(optimizers) == 1:
+        return {"optim": optimizers[0]}
+    return {f"optim_{n}": optimizer for n, optimizer in enumerate(optimizers)}
 
 
 def _check_length(was: int, now: int) -> None:

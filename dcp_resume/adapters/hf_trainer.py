@@ -18,7 +18,7 @@ from transformers import Trainer, TrainingArguments
 from transformers.trainer_callback import ExportableState
 from transformers.trainer_callback import TrainerState as PeerState
 
-from dcp_resume.adapters.progress import LocalProgress
+from dcp_resume.adapters.progress import LocalProgress, refuse_selected_parts
 from dcp_resume.adapters.whole import WholeOfRank, WholeValue
 from dcp_resume.errors import ConfigurationError
 from dcp_resume.manager.checkpoint_manager import CheckpointManager
@@ -49,7 +49,8 @@ class ResumableTrainerMixin(_Base):
         kwargs: As for the trainer.
 
     Raises:
-        ConfigurationError: An argument of the trainer that its own checkpoints would be needed for.
+        ConfigurationError: An argument of the trainer that its own checkpoints would be needed for,
+            or settings that load some parts alone.
     """
 
     def __init__(
@@ -61,9 +62,10 @@ class ResumableTrainerMixin(_Base):
     ) -> None:
         super().__init__(*args, **kwargs)
         _check_arguments(self.args)
+        refuse_selected_parts(checkpoints.settings)
         self.checkpoints = checkpoints
         self._preemption = preemption
-        self._progress = LocalProgress()
+        self._progress = self._no_progress()
         self._rng = RngState(self.args.seed)
         self.resumed: LoadResult | None = None
         """What ``train`` resumed from; None if it began anew."""
@@ -88,7 +90,7 @@ class ResumableTrainerMixin(_Base):
         Raises:
             DcpResumeError: As ``CheckpointManager.resume`` and ``save``.
         """
-        asked, self._progress = resume_from_checkpoint, LocalProgress()
+        asked, self._progress = resume_from_checkpoint, self._no_progress()
         self._request = None if asked in (None, False) else "latest" if asked is True else asked
         return super().train(None, *args, **kwargs)
 
@@ -179,13 +181,17 @@ class ResumableTrainerMixin(_Base):
                 self._dump_place,
                 self._take_place,
                 derive=self._rng_of_step,
-                is_bound=True,
+                is_bound=lambda: True,
                 bound_to={
                     "steps_per_epoch": self._steps_per_epoch,
                     "gradient_accumulation_steps": self.args.gradient_accumulation_steps,
                 },
             ),
         }
+
+    def _no_progress(self) -> LocalProgress:
+        settings = self.checkpoints.settings
+        return LocalProgress(modes={settings.monitor: settings.monitor_mode})
 
     def _note_progress(self) -> None:
         step = self.state.global_step
@@ -198,6 +204,7 @@ class ResumableTrainerMixin(_Base):
                 samples=(step - self._progress.step) * self._samples_per_step(),
                 loss=losses[-1] if losses else None,
                 last_lr=[float(group["lr"]) for group in optimizer.param_groups],
+                metrics=_evaluated(self.state.log_history, step),
             )
 
     def _samples_per_step(self) -> int:
@@ -238,13 +245,26 @@ class ResumableTrainer(ResumableTrainerMixin, Trainer):
 
 _NEEDING_DIRECTORIES = {
     "save_total_limit": "give CheckpointManager Settings(retention=…)",
-    "load_best_model_at_end": "keep with KeepBest, and load(state, 'best')",
+    "load_best_model_at_end": "give CheckpointManager Settings(monitor='eval_loss'), and after "
+    "train() call checkpoints.load({'model': trainer.model}, 'best', "
+    "options=LoadOptions(parts=('model',)))",
     "save_only_model": "load the part 'model' alone",
     "push_to_hub": "call trainer.push_to_hub() at the end",
     "deepspeed": "use DDP or FSDP",
     "enable_jit_checkpoint": "give the trainer a Preemption",
     "auto_find_batch_size": "another batch has another place in the data: set the batch size",
 }
+
+
+def _evaluated(logs: list[dict[str, Any]], step: int) -> dict[str, float]:
+    """The metrics of the evaluation after ``step``, if there was one."""
+    return {
+        name: float(value)
+        for log in logs
+        if log.get("step") == step
+        for name, value in log.items()
+        if name.startswith("eval_") and isinstance(value, (int, float))
+    }
 
 
 def _check_arguments(args: TrainingArguments) -> None:

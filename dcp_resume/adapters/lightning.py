@@ -15,12 +15,14 @@ from typing import Any
 
 from lightning.fabric.wrappers import _unwrap_objects
 from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.callbacks import Checkpoint
+from lightning.pytorch.callbacks import Checkpoint, WeightAveraging
+from lightning.pytorch.utilities import rank_zero_warn
 from torch.nn import Module
 from torch.optim import Optimizer
 from typing_extensions import override
 
 from dcp_resume.adapters.lightning_state import LightningState, check_loaders
+from dcp_resume.adapters.progress import refuse_selected_parts
 from dcp_resume.errors import ConfigurationError
 from dcp_resume.manager.checkpoint_manager import CheckpointManager
 from dcp_resume.manager.choosing import Request
@@ -39,7 +41,7 @@ class ResumableCheckpoint(Checkpoint):
     torch: one device, DDP, FSDP, ``ModelParallelStrategy``. Steps are optimizer steps,
     ``trainer.global_step``; saved are those of ``save_interval``, and the last. A save that falls
     on the last batch of an epoch is taken when the next epoch begins, after validation and
-    schedulers.
+    schedulers. A stop between two optimizer steps of accumulated batches waits for the second.
 
     Args:
         url: Root of the run.
@@ -49,6 +51,9 @@ class ResumableCheckpoint(Checkpoint):
         preemption: Whether and how to listen for notices; the job then leaves with its exit code.
         model_facts: What must be equal to resume, such as layer counts.
         data_facts: Likewise of the data.
+
+    Raises:
+        ConfigurationError: The settings load some parts alone.
     """
 
     def __init__(
@@ -62,11 +67,13 @@ class ResumableCheckpoint(Checkpoint):
         data_facts: Mapping[str, Any] = MappingProxyType({}),
     ) -> None:
         self._url, self._settings = url, settings or Settings()
+        refuse_selected_parts(self._settings)
         self._request, self._preemption_settings = resume_from, preemption
         self._facts = {"model_facts": model_facts, "data_facts": data_facts}
         self._open = ExitStack()
         self._preemption: Preemption | None = None
         self._passed_step = self._saved_step = 0
+        self._is_stop_held = False
         self.resumed: LoadResult | None = None
         """What ``fit`` resumed from; None if the run had no checkpoint."""
 
@@ -77,9 +84,12 @@ class ResumableCheckpoint(Checkpoint):
         """Take the run over, and load.
 
         Raises:
-            ConfigurationError: ``ckpt_path`` was given too, and the run has a checkpoint.
+            ConfigurationError: ``ckpt_path`` was given too, and the run has a checkpoint; or a
+                callback averages weights.
             DcpResumeError: As ``CheckpointManager.resume``.
         """
+        _refuse_averages(trainer)
+        self._is_stop_held = False
         checkpoints = CheckpointManager(self._url, self._settings, **self._facts)
         self._checkpoints = self._open.enter_context(checkpoints)
         monitored = {self._settings.monitor: self._settings.monitor_mode}
@@ -116,6 +126,7 @@ class ResumableCheckpoint(Checkpoint):
         self, trainer: Trainer, pl_module: LightningModule, *args: Any, **kwargs: Any
     ) -> None:
         """A step may be complete."""
+        self._hold_stop(trainer)
         loop, fetcher = trainer.fit_loop.epoch_loop, trainer.fit_loop._data_fetcher
         assert fetcher is not None
         if not loop._num_ready_batches_reached() and not loop._should_check_val_fx(fetcher):
@@ -124,18 +135,41 @@ class ResumableCheckpoint(Checkpoint):
     @override
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """A step that validation followed is complete."""
-        is_fitting = not trainer.sanity_checking and trainer.state.fn == "fit"
-        if is_fitting and not trainer.fit_loop.epoch_loop._num_ready_batches_reached():
+        if trainer.sanity_checking or trainer.state.fn != "fit":
+            return
+        self._hold_stop(trainer)
+        if not trainer.fit_loop.epoch_loop._num_ready_batches_reached():
             self._pass_boundary(trainer, is_between_epochs=False)
 
     @override
-    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Save the last step.
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Save the last step where the training was stopped before the epoch's last batch.
 
         Raises:
             DcpResumeError: As ``CheckpointManager.save``.
         """
-        if trainer.global_step > self._saved_step:
+        loop = trainer.fit_loop.epoch_loop
+        if loop._num_ready_batches_reached() or trainer.global_step == self._saved_step:
+            return
+        if loop._should_accumulate():
+            rank_zero_warn(
+                f"step {trainer.global_step} is not saved: the training was stopped in epoch "
+                f"{trainer.current_epoch} after {loop.batch_progress.current.ready} batches, among "
+                f"the {trainer.accumulate_grad_batches} of an optimizer step, whose gradients are "
+                f"in no checkpoint; the newest is of step {self._saved_step}. Stop from a callback"
+            )
+            return
+        self._save(trainer, is_between_epochs=False)
+
+    @override
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Save the last step of a whole epoch.
+
+        Raises:
+            DcpResumeError: As ``CheckpointManager.save``.
+        """
+        is_whole = trainer.fit_loop.epoch_loop._num_ready_batches_reached()
+        if is_whole and trainer.global_step > self._saved_step:
             self._save(trainer, is_between_epochs=True)
 
     @override
@@ -158,6 +192,14 @@ class ResumableCheckpoint(Checkpoint):
 
     def _parts(self, *, is_between_epochs: bool) -> dict[str, Any]:
         return self._state.parts(is_between_epochs=is_between_epochs)
+
+    def _hold_stop(self, trainer: Trainer) -> None:
+        """Let accumulated batches come to their step: their gradients are in no checkpoint."""
+        if trainer.fit_loop.epoch_loop._should_accumulate():
+            self._is_stop_held |= trainer.should_stop
+            trainer.should_stop = False
+        elif self._is_stop_held:
+            self._is_stop_held, trainer.should_stop = False, True
 
     def _pass_boundary(self, trainer: Trainer, *, is_between_epochs: bool) -> None:
         """Once for each completed step."""
@@ -182,6 +224,17 @@ class ResumableCheckpoint(Checkpoint):
     def _close(self) -> None:
         self._preemption = None
         self._open.__exit__(*sys.exc_info())
+
+
+def _refuse_averages(trainer: Trainer) -> None:
+    for callback in trainer.callbacks:  # type: ignore[attr-defined]
+        if isinstance(callback, WeightAveraging):
+            raise ConfigurationError(
+                f"{type(callback).__name__} saves its average in place of the model's own "
+                f"state_dict, which does not pass through Lightning's checkpoint here; average in "
+                f"a torch.optim.swa_utils.AveragedModel that the module holds beside its network",
+                option="callbacks",
+            )
 
 
 def _refuse_two_beginnings(ckpt_path: str, checkpoints: CheckpointManager) -> None:

@@ -76,7 +76,7 @@ class LightningState:
                 self._dump_place,
                 self._take_place,
                 derive=self._derive_place,
-                is_bound=not is_between_epochs,
+                is_bound=lambda: not self._is_between_epochs,
                 bound_to={"accumulate_grad_batches": trainer.accumulate_grad_batches},
             ),
         }
@@ -113,6 +113,10 @@ class LightningState:
             "is_between_epochs": self._is_between_epochs,
         }
         found["loops"]["fit_loop"]["state_dict"].pop("combined_loader", None)
+        if not self._is_between_epochs:  # also where a stop made Lightning count the epoch
+            for tracker in ("total", "current"):
+                counts = found["loops"]["fit_loop"]["epoch_progress"][tracker]
+                counts["processed"] = counts["completed"]
         precision = trainer.precision_plugin
         if state := precision.state_dict():
             found[type(precision).__qualname__] = state

@@ -9,7 +9,6 @@ or, without a change to any configuration:
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
@@ -30,6 +29,7 @@ from torchtitan.tools import filesystem
 from torchtitan.tools.logging import logger
 
 from dcp_resume.adapters.torchtitan_state import Model, Optimizers, loader_state
+from dcp_resume.adapters.torchtitan_stock import STEP_PATH, newest_first, to_be_imported
 from dcp_resume.errors import ConfigurationError
 from dcp_resume.manager.checkpoint_manager import CheckpointManager
 from dcp_resume.manager.pending import PendingSave
@@ -43,7 +43,6 @@ _MODES = {
     "async": SaveMode.BACKGROUND,
     "async_with_pinned_mem": SaveMode.LAZY,
 }
-_STEP_PATH = re.compile(r"(?P<run>.+)/step-(?P<step>\d+)/?")
 
 
 class TorchtitanCheckpointer(BaseCheckpointManager):
@@ -170,8 +169,8 @@ class TorchtitanCheckpointer(BaseCheckpointManager):
 
     def _load_run(self, path: str) -> None:
         if filesystem.isfile(filesystem.join(path, ".metadata")):
-            raise _to_be_imported(path, path, "checkpoint.initial_load_path")
-        match = _STEP_PATH.fullmatch(path)
+            raise to_be_imported(path, None, "checkpoint.initial_load_path")
+        match = STEP_PATH.fullmatch(path)
         run, step = (match["run"], int(match["step"])) if match else (path, "latest")
         parts = (MODEL,) if self.config.initial_load_model_only else self._parts_to_load()
         settings = self._manager.settings
@@ -182,10 +181,10 @@ class TorchtitanCheckpointer(BaseCheckpointManager):
         """Refuse to begin anew beside checkpoints that torchtitan's own checkpointer wrote."""
         if not filesystem.isdir(self.folder):
             return
-        for name in sorted(filesystem.listdir(self.folder)):
+        for name in newest_first(filesystem.listdir(self.folder)):
             path = filesystem.join(self.folder, name)
-            if name.startswith("step-") and filesystem.isfile(filesystem.join(path, ".metadata")):
-                raise _to_be_imported(path, self.folder, "checkpoint.folder")
+            if filesystem.isfile(filesystem.join(path, ".metadata")):
+                raise to_be_imported(path, self.folder, "checkpoint.folder")
 
     # Saving.
 
@@ -256,15 +255,6 @@ class TorchtitanCheckpointer(BaseCheckpointManager):
             states={},
             sd_adapter=self.sd_adapter,
         )
-
-
-def _to_be_imported(path: str, run: str, option: str) -> ConfigurationError:
-    return ConfigurationError(
-        f"{path} was written by torchtitan's own checkpointer, and holds pickles, which are never "
-        f"executed; bring it into a run first: dcp-resume import {path} {run} --loose model "
-        f"--step N",
-        option=option,
-    )
 
 
 @override(

@@ -60,8 +60,8 @@ class WholeOfRank(WholeValue):
         put: Takes what this rank saved.
         derive: Called with the step instead of ``put`` where the number of ranks changed, and the
             value is not bound.
-        is_bound: Whether the value is of no use to another number of ranks, or where another number
-            in ``bound_to`` changed.
+        is_bound: Says at each save whether the value is of no use to another number of ranks, or
+            where another number in ``bound_to`` changed.
         bound_to: Numbers by name, equal on all ranks.
     """
 
@@ -75,7 +75,7 @@ class WholeOfRank(WholeValue):
         put: Callable[[Any], object],
         *,
         derive: Callable[[int], object],
-        is_bound: bool,
+        is_bound: Callable[[], bool],
         bound_to: Mapping[str, int],
     ) -> None:
         super().__init__(name, get, put)
@@ -88,7 +88,7 @@ class WholeOfRank(WholeValue):
         Raises:
             UnsupportedLeaf: It holds something that has no form without pickle.
         """
-        return {"is_bound": self._is_bound, **self._bound_to, **super().state_dict()}
+        return {"is_bound": self._is_bound(), **self._bound_to, **super().state_dict()}
 
     def differences(self, saved: Mapping[str, Any]) -> Iterator[ReportItem]:
         """Whether each rank can go on with its own value."""

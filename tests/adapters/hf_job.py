@@ -90,6 +90,7 @@ class Job:
     root: Any
     options: dict[str, Any] = field(default_factory=dict)
     num_epochs: int = 3
+    settings: dict[str, Any] = field(default_factory=dict)
     callbacks: list[Any] = field(default_factory=list)
     stop: Any = stop
 
@@ -110,7 +111,7 @@ class Job:
                 **self.options,
             }
         )
-        settings = Settings(mode=SaveMode.BLOCKING)
+        settings = Settings(mode=SaveMode.BLOCKING, **self.settings)
         with contextlib.ExitStack() as stack:
             checkpoints = stack.enter_context(CheckpointManager(self.root, settings))
             listening = stack.enter_context(preemption(checkpoints)) if preemption else None

@@ -109,6 +109,7 @@ class Outcome:
     optimizer: dict[str, Any]
     lr: list[float]
     resumed_step: int | None
+    warnings: list[str] = field(default_factory=list)
 
 
 def local_clones(value):
@@ -138,9 +139,11 @@ class Job:
 
     def run(self, stop_after=-1, **callback_options):
         """Train to the end, or until ``stop_after`` steps."""
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            return self._run(stop_after, callback_options)
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            outcome = self._run(stop_after, callback_options)
+        outcome.warnings = [str(warning.message) for warning in caught]
+        return outcome
 
     def _run(self, stop_after, callback_options):
         seed_everything(self.seed, verbose=False)

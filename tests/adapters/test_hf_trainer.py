@@ -8,9 +8,16 @@ import pytest
 import torch
 from transformers import TrainerCallback
 
-from dcp_resume import CheckpointManager, Preemption, PreemptionSettings, errors
+from dcp_resume import (
+    CheckpointManager,
+    LoadOptions,
+    Preemption,
+    PreemptionSettings,
+    Settings,
+    errors,
+)
 from tests.adapters.breaks import damage_newest, kill_after
-from tests.adapters.hf_job import Job
+from tests.adapters.hf_job import Job, tiny_model
 
 pytestmark = pytest.mark.adapters
 
@@ -87,6 +94,26 @@ def test_a_notice_stops_the_job_at_a_step_that_is_saved(tmp_path, straight):
     resumed = Job(tmp_path).run()
     assert 4 < resumed.resumed_step < 30
     assert_equal(resumed, straight)
+
+
+def test_the_best_by_an_evaluation_is_resumed_and_its_model_loaded_alone(tmp_path):
+    monitored = {"monitor": "eval_loss", "monitor_mode": "max"}  # the first, as the loss falls
+    options = {"eval_strategy": "steps", "eval_steps": 3, "max_steps": 9}
+    trained = Job(tmp_path, options, settings=monitored).run()
+    evaluated = {log["step"]: log["eval_loss"] for log in trained.logs if "eval_loss" in log}
+    assert max(evaluated, key=evaluated.get) == 3
+    with CheckpointManager(tmp_path, Settings(**monitored)) as checkpoints:
+        model = {"model": tiny_model()}
+        found = checkpoints.load(model, "best", options=LoadOptions(parts=("model",)))
+    assert found.step == 3
+    resumed = Job(tmp_path, options, settings=monitored).run(3, resume="best")
+    assert resumed.resumed_step == 3
+    torch.testing.assert_close(resumed.weights, model["model"].state_dict(), rtol=0, atol=0)
+
+
+def test_settings_that_load_some_parts_alone_are_refused(tmp_path):
+    with pytest.raises(errors.ConfigurationError, match="a trainer resumes all parts"):
+        Job(tmp_path, settings={"load": LoadOptions(parts=("model", "optim"))}).run()
 
 
 def test_another_batch_size_is_refused(tmp_path):

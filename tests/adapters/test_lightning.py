@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import functools
 import signal
 
 import pytest
 import torch
-from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.callbacks import Callback, EMAWeightAveraging
 from torch.utils.data import DataLoader
 from torchdata.stateful_dataloader import StatefulDataLoader
 
-from dcp_resume import PreemptionSettings, errors
+from dcp_resume import LoadOptions, PreemptionSettings, errors
 from tests.adapters.breaks import damage_newest, kill_after
 from tests.adapters.lightning_job import BATCH, Job, Noisy, Regression
 
@@ -189,3 +190,87 @@ def test_several_optimizers_and_steps_by_hand_resume_too(tmp_path):
     resumed = Job(tmp_path / "stopped", **job).run()
     assert resumed.resumed_step == 12
     assert_equal(resumed, straight)
+
+
+class StopIn(Callback):
+    """Asks for a stop after one batch of the first epoch."""
+
+    def __init__(self, batch_idx):
+        self._batch_idx = batch_idx
+
+    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+        if batch_idx == self._batch_idx:
+            trainer.should_stop = True
+
+
+class StopsItself(Regression):
+    """Likewise, from the module's own hook, which comes after those of callbacks."""
+
+    def on_train_batch_end(self, outputs, batch, batch_idx):
+        if batch_idx == 5:
+            self.trainer.should_stop = True
+
+
+@pytest.fixture(scope="module")
+def straight_of(tmp_path_factory):
+    """Runs that nothing stops, by the batches that they accumulate."""
+
+    @functools.cache
+    def run(accumulated):
+        options = {"accumulate_grad_batches": accumulated}
+        root = tmp_path_factory.mktemp("straight")
+        return Job(root, options=options, validates=False, max_epochs=2).run()
+
+    return run
+
+
+@pytest.mark.parametrize(
+    ("stop", "accumulated", "num_batches", "resumed_step"),
+    [
+        ({"callbacks": [StopIn(5)]}, 1, 6, 6),
+        ({"callbacks": [StopIn(5)]}, 4, 8, 2),  # the stop waits for the second step
+        ({"model": StopsItself}, 1, 6, 6),
+        ({"model": StopsItself}, 4, 6, None),  # among accumulated batches, and nothing saved before
+        ({"callbacks": [StopIn(9)]}, 4, 10, 3),  # the epoch's last batch
+    ],
+)
+def test_after_a_stop_the_epoch_goes_on_with_the_batch_that_is_next(
+    tmp_path, straight_of, stop, accumulated, num_batches, resumed_step
+):
+    options = {"accumulate_grad_batches": accumulated}
+    job = {"validates": False, "max_epochs": 2, "save_interval": 100}
+    stopped = Job(tmp_path, **{**job, **stop}, options=options).run()
+    assert len(stopped.losses) == num_batches
+    is_told = any("step 1 is not saved" in warning for warning in stopped.warnings)
+    assert is_told == (resumed_step is None)
+    resumed = Job(tmp_path, **job, options=options).run()
+    assert resumed.resumed_step == resumed_step
+    assert len(resumed.losses) == 20 - min((resumed_step or 0) * accumulated, 10)
+    assert_equal(resumed, straight_of(accumulated))
+
+
+class StopByMetric(Callback):
+    """Asks for a stop after a validation, as early stopping does."""
+
+    def on_validation_end(self, trainer, pl_module):
+        trainer.should_stop = not trainer.sanity_checking
+
+
+def test_a_stop_after_a_validation_waits_for_the_step_of_accumulated_batches(tmp_path):
+    options = {"accumulate_grad_batches": 4, "val_check_interval": 3}
+    job = {"save_interval": 100, "options": options, "max_epochs": 1}
+    stopped = Job(tmp_path, **job, callbacks=[StopByMetric()]).run()
+    assert [number for _, number, _ in stopped.losses] == list(range(4))
+    resumed = Job(tmp_path, **job).run()
+    assert resumed.resumed_step == 1
+    assert [number for _, number, _ in resumed.losses] == list(range(4, 10))
+
+
+def test_a_callback_that_averages_weights_is_refused(tmp_path):
+    with pytest.raises(errors.ConfigurationError, match="EMAWeightAveraging saves its average"):
+        Job(tmp_path, callbacks=[EMAWeightAveraging()]).run()
+
+
+def test_settings_that_load_some_parts_alone_are_refused(tmp_path):
+    with pytest.raises(errors.ConfigurationError, match="a trainer resumes all parts"):
+        Job(tmp_path, settings={"load": LoadOptions(parts=("model",))}).run()
