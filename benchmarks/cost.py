@@ -20,6 +20,7 @@ __all__ = [
     "measure",
     "over_network",
     "over_ranks",
+    "slowest",
     "transferred",
 ]
 
@@ -114,6 +115,13 @@ def over_ranks(own: Reading) -> Cost:
     dist.all_gather_object(every, own)
     walls, cpus, peaks, reads, writes = zip(*every, strict=True)
     return Cost(max(walls), sum(cpus), sum(peaks), sum(reads), sum(writes), max(peaks))
+
+
+def slowest(seconds: float) -> float:
+    """The most of all ranks. Collective."""
+    every: list[float] = [0.0] * dist.get_world_size()
+    dist.all_gather_object(every, seconds)
+    return max(every)
 
 
 def measure(call: Callable[[], object], count: Counter = transferred) -> Cost:
