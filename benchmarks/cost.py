@@ -17,10 +17,10 @@ __all__ = [
     "Counter",
     "Meter",
     "Reading",
+    "by_rank",
     "measure",
     "over_network",
     "over_ranks",
-    "slowest",
     "transferred",
 ]
 
@@ -117,11 +117,11 @@ def over_ranks(own: Reading) -> Cost:
     return Cost(max(walls), sum(cpus), sum(peaks), sum(reads), sum(writes), max(peaks))
 
 
-def slowest(seconds: float) -> float:
-    """The most of all ranks. Collective."""
+def by_rank(own: float) -> list[float]:
+    """One number of each rank. Collective."""
     every: list[float] = [0.0] * dist.get_world_size()
-    dist.all_gather_object(every, seconds)
-    return max(every)
+    dist.all_gather_object(every, own)
+    return every
 
 
 def measure(call: Callable[[], object], count: Counter = transferred) -> Cost:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.contenders import Contender
-from benchmarks.cost import Meter, over_ranks, slowest
+from benchmarks.cost import Meter, by_rank, over_ranks
 from benchmarks.libraries import CONTENDERS
 from benchmarks.names import COPIES, LAZY_LOST
 from benchmarks.options import Options, Trials
@@ -103,7 +103,7 @@ def _save_lazily(
             pending.result()
             found.append(Sample(library, _LAZY, repetition, over_ranks(stall), limit))
             if repetition:
-                lost.append(slowest(busy.lost_s(quiet)) / limit.seconds)
+                lost.append(max(by_rank(busy.lost_s(quiet))) / limit.seconds)
         race.load(lambda: checkpoints.load(target))
     race.close()
     return [*found, Figure(size, LAZY_LOST, library, COPIES, statistics.median(lost))]

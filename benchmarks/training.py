@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-from benchmarks.cost import slowest
+from benchmarks.cost import by_rank
 from benchmarks.libraries import CONTENDERS
 from benchmarks.names import CORES, LOST, SPEED, training_on
 from benchmarks.options import Options, Trials
@@ -41,8 +41,9 @@ class Work:
         return self.steps_until(lambda: time.monotonic() >= end)
 
     def steps_until(self, is_over: Callable[[], bool]) -> int:
-        """Work until then; the number of steps."""
-        steps = 0
+        """Work until then, but one step at least, which has a pace; the number of steps."""
+        self.step()
+        steps = 1
         while not is_over():
             self.step()
             steps += 1
@@ -89,8 +90,8 @@ def _train(
             saved.result()
     contender.close()
     race.close()
-    speed = 1 / slowest(quiet.rate / busy.rate)
-    return [(SPEED, speed), (LOST, slowest(stalled_s + busy.lost_s(quiet)) / repetitions)]
+    speed = min(by_rank(busy.rate / quiet.rate))
+    return [(SPEED, speed), (LOST, max(by_rank(stalled_s + busy.lost_s(quiet))) / repetitions)]
 
 
 class Pace:
