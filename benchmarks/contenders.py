@@ -42,13 +42,16 @@ class Contender(Protocol):
     reshards: bool
     """Whether other ranks can load what it saved."""
 
-    def save(self, state: State, path: Path) -> None:
+    def prepare(self, state: State) -> Any:
+        """What its other verbs are given for this state: built once, and not timed."""
+
+    def save(self, prepared: Any, path: Path) -> None:
         """Save durably."""
 
-    def save_async(self, state: State, path: Path) -> Callable[[], object]:
+    def save_async(self, prepared: Any, path: Path) -> Callable[[], object]:
         """Save in the background; the returned call waits until it is durable."""
 
-    def load(self, state: State, path: Path) -> None:
+    def load(self, prepared: Any, path: Path) -> None:
         """Load into the state's own tensors."""
 
     def close(self) -> None:
@@ -72,19 +75,23 @@ class Ours:
             self._managers[mode] = CheckpointManager(path / mode.value, Settings(mode=mode))
         return self._managers[mode]
 
-    def save(self, state: State, path: Path) -> None:
+    def prepare(self, state: State) -> State:
+        """The state itself."""
+        return state
+
+    def save(self, prepared: State, path: Path) -> None:
         """Save durably."""
         self._step += 1
-        self._manager(path, SaveMode.BLOCKING).save(self._step, state)
+        self._manager(path, SaveMode.BLOCKING).save(self._step, prepared)
 
-    def save_async(self, state: State, path: Path) -> Callable[[], object]:
+    def save_async(self, prepared: State, path: Path) -> Callable[[], object]:
         """Save in the background."""
         self._step += 1
-        return self._manager(path, SaveMode.BACKGROUND).save(self._step, state).result
+        return self._manager(path, SaveMode.BACKGROUND).save(self._step, prepared).result
 
-    def load(self, state: State, path: Path) -> None:
+    def load(self, prepared: State, path: Path) -> None:
         """Load what was saved last, with every block verified."""
-        self._manager(path, self._mode).load(state)
+        self._manager(path, self._mode).load(prepared)
 
     def close(self) -> None:
         """Close every manager."""
@@ -98,14 +105,18 @@ class StockDcp:
     is_async = True
     reshards = True
 
-    def save(self, state: State, path: Path) -> None:
-        """Save; its writer calls fsync."""
-        dcp.save(state, storage_writer=self._writer(path), planner=self._planner())
+    def prepare(self, state: State) -> State:
+        """The state itself."""
+        return state
 
-    def save_async(self, state: State, path: Path) -> Callable[[], object]:
+    def save(self, prepared: State, path: Path) -> None:
+        """Save; its writer calls fsync."""
+        dcp.save(prepared, storage_writer=self._writer(path), planner=self._planner())
+
+    def save_async(self, prepared: State, path: Path) -> Callable[[], object]:
         """Save in a thread."""
         response: Any = dcp.async_save(
-            state,
+            prepared,
             storage_writer=self._writer(path),
             planner=self._planner(),
             async_stager=self._stager(),
@@ -113,9 +124,9 @@ class StockDcp:
         wait: Callable[[], object] = response.result
         return wait
 
-    def load(self, state: State, path: Path) -> None:
+    def load(self, prepared: State, path: Path) -> None:
         """Load in place."""
-        dcp.load(state, storage_reader=dcp.FileSystemReader(path))
+        dcp.load(prepared, storage_reader=dcp.FileSystemReader(path))
 
     def close(self) -> None:
         """Nothing is kept."""
@@ -136,16 +147,16 @@ class TunedDcp(StockDcp):
     def __init__(self) -> None:
         self._kept = DefaultStager(StagingOptions(False, False, False, False))
 
-    def save(self, state: State, path: Path) -> None:
+    def save(self, prepared: State, path: Path) -> None:
         """Save without checksums."""
         with _NoChecksum():
-            super().save(state, path)
+            super().save(prepared, path)
 
-    def save_async(self, state: State, path: Path) -> Callable[[], object]:
+    def save_async(self, prepared: State, path: Path) -> Callable[[], object]:
         """Save in a thread, without checksums."""
         unchecked = _NoChecksum()
         unchecked.__enter__()
-        wait = super().save_async(state, path)
+        wait = super().save_async(prepared, path)
 
         def result() -> object:
             try:
@@ -180,14 +191,14 @@ class HuggingFaceDcp(StockDcp):
 
     is_async = False
 
-    def save(self, state: State, path: Path) -> None:
+    def save(self, prepared: State, path: Path) -> None:
         """Save flat names, as it wants them."""
         writer = HuggingFaceStorageWriter(str(path), save_distributed=True)
-        dcp.save(flat(state), storage_writer=writer)
+        dcp.save(flat(prepared), storage_writer=writer)
 
-    def load(self, state: State, path: Path) -> None:
+    def load(self, prepared: State, path: Path) -> None:
         """Load in place."""
-        dcp.load(flat(state), storage_reader=HuggingFaceStorageReader(str(path)))
+        dcp.load(flat(prepared), storage_reader=HuggingFaceStorageReader(str(path)))
 
 
 class _FilePerRank:
@@ -197,22 +208,26 @@ class _FilePerRank:
     reshards = False
     suffix = ""
 
-    def save(self, state: State, path: Path) -> None:
+    def prepare(self, state: State) -> State:
+        """The state itself."""
+        return state
+
+    def save(self, prepared: State, path: Path) -> None:
         """Write and fsync this rank's file."""
         path.mkdir(parents=True, exist_ok=True)
-        self._write(local(state), self._file(path))
+        self._write(local(prepared), self._file(path))
         with self._file(path).open("rb") as file:
             os.fsync(file.fileno())
         dist.barrier()
 
-    def save_async(self, state: State, path: Path) -> Callable[[], object]:
+    def save_async(self, prepared: State, path: Path) -> Callable[[], object]:
         """There is none."""
         raise NotImplementedError
 
-    def load(self, state: State, path: Path) -> None:
+    def load(self, prepared: State, path: Path) -> None:
         """Read, then copy into the state."""
         read = self._read(self._file(path))
-        for name, tensor in local(state).items():
+        for name, tensor in local(prepared).items():
             tensor.copy_(read[name])
 
     def close(self) -> None:

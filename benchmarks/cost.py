@@ -17,6 +17,7 @@ __all__ = [
     "Counter",
     "Meter",
     "Reading",
+    "by_rank",
     "measure",
     "over_network",
     "over_ranks",
@@ -114,6 +115,13 @@ def over_ranks(own: Reading) -> Cost:
     dist.all_gather_object(every, own)
     walls, cpus, peaks, reads, writes = zip(*every, strict=True)
     return Cost(max(walls), sum(cpus), sum(peaks), sum(reads), sum(writes), max(peaks))
+
+
+def by_rank(own: float) -> list[float]:
+    """One number of each rank. Collective."""
+    every: list[float] = [0.0] * dist.get_world_size()
+    dist.all_gather_object(every, own)
+    return every
 
 
 def measure(call: Callable[[], object], count: Counter = transferred) -> Cost:

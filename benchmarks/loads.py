@@ -37,7 +37,7 @@ def measure_loads(options: Options) -> Iterator[Findings]:
 def _save_and_load(library: str, size: str, repetitions: int, directory: str) -> list[Sample]:
     race = Race(SIZES[size], Path(directory))
     with closing(CONTENDERS[library]()) as contender:
-        contender.save(race.state, race.path)
+        contender.save(contender.prepare(race.state), race.path)
     dist.barrier()
     return _loads(race, "load", library, repetitions)
 
@@ -51,9 +51,10 @@ def _load(
 def _loads(race: Race, operation: str, library: str, repetitions: int) -> list[Sample]:
     samples: list[Sample] = []
     with closing(CONTENDERS[library]()) as contender:
+        target = contender.prepare(race.target)
         for repetition in range(repetitions + 1):
             limit = race.read_limit()
-            cost = race.load(lambda: contender.load(race.target, race.path))
+            cost = race.load(lambda: contender.load(target, race.path))
             samples.append(Sample(library, operation, repetition, cost, limit))
     race.close()
     return samples

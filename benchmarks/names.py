@@ -6,10 +6,13 @@ __all__ = [
     "A_PAIR",
     "BEST",
     "CHECKPOINT",
+    "COPIES",
     "CORES",
     "FETCHED",
     "INDEX",
+    "LAZY_LOST",
     "LOADING",
+    "LOST",
     "OBJECT",
     "ON_COLUMNS",
     "ON_ROWS",
@@ -43,9 +46,13 @@ SAVING, LOADING = 2, 3
 ON_ROWS, ON_COLUMNS = f"rows {SAVING} → {LOADING}", f"columns {SAVING} → {LOADING}"
 FETCHED = "fetched / needed"
 
+# Saves.
+LAZY_LOST, COPIES = "lazy: training lost", "time of raw copies"
+
 # Training.
 CORES = 2
 SPEED = "step speed"
+LOST = "s of training lost a save"
 
 
 def training_on(ranks: int) -> str:

@@ -23,9 +23,16 @@ __all__ = ["FIGURES", "PAGE", "figures_of", "rows_of", "rows_on"]
 PAGE = Path(__file__).parents[1] / "docs" / "explanation" / "performance.md"
 FIGURES = PAGE.with_suffix(".json")
 _TABLE = re.compile(r"(?<=<!-- figures -->\n).*?(?=\n<!-- end of figures -->)", re.DOTALL)
-_OF_CALLS = {"time": ".2f", "CPU": ".2f", "peak MiB": ".0f", "read": ".2f", "written": ".2f"}
+_OF_CALLS = {
+    "time": ".2f",
+    "CPU": ".2f",
+    "cold": ".2f",
+    "peak MiB": ".0f",
+    "read": ".2f",
+    "written": ".2f",
+}
 """Measures that stand in one row: measure → format."""
-_LEFT_OUT = ("cold", "seconds", "limit seconds", "CPU seconds")
+_LEFT_OUT = ("seconds", "limit seconds", "CPU seconds")
 """Measures that say more of the machine than of a library."""
 
 
@@ -44,28 +51,33 @@ def figures_of(runs: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
 
 
 def rows_of(document: Mapping[str, Any]) -> str:
-    """The tables as Markdown: ratios of calls, then all other figures."""
+    """The tables as Markdown: ratios of calls, then all other figures; none without a figure."""
     figures = figures_in(document)
-    headings = " | ".join(_OF_CALLS)
-    return "\n".join(
-        [
-            f"| size | operation | library | {headings} | goals |",
-            "|---|---|---|" + "---|" * (len(_OF_CALLS) + 1),
-            *_rows_of_calls(figures),
-            "",
-            "| size | operation | library | figure | value | goals |",
-            "|---|---|---|---|---|---|",
-            *_other_rows(figures),
-        ]
-    )
+    tables = (_table_of_calls(figures), _table_of_others(figures))
+    return "\n\n".join("\n".join(table) for table in tables if table)
 
 
-def _rows_of_calls(figures: Sequence[Figure]) -> Iterator[str]:
+def _table_of_calls(figures: Sequence[Figure]) -> list[str]:
+    """With a column for each measure that any call has."""
+    measured = {figure.measure for figure in figures}
+    formats = {measure: form for measure, form in _OF_CALLS.items() if measure in measured}
+    rows = list(_rows_of_calls(figures, formats))
+    head = f"| size | operation | library | {' | '.join(formats)} | goals |"
+    return [head, "|---|---|---|" + "---|" * (len(formats) + 1), *rows] if rows else []
+
+
+def _table_of_others(figures: Sequence[Figure]) -> list[str]:
+    rows = list(_other_rows(figures))
+    head = "| size | operation | library | figure | value | goals |"
+    return [head, "|---|---|---|---|---|---|", *rows] if rows else []
+
+
+def _rows_of_calls(figures: Sequence[Figure], formats: Mapping[str, str]) -> Iterator[str]:
     calls = [(f.size, f.operation, f.library) for f in figures if f.measure == "time"]
     for call in sorted(set(calls), key=_order(calls)):
         own = [f for f in figures if (f.size, f.operation, f.library) == call]
         values = {figure.measure: figure.value for figure in own}
-        cells = [f"{values[m]:{form}}" if m in values else "" for m, form in _OF_CALLS.items()]
+        cells = [f"{values[m]:{form}}" if m in values else "" for m, form in formats.items()]
         yield f"| {' | '.join([*call, *cells, _goals(own)])} |"
 
 

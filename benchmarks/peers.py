@@ -32,24 +32,31 @@ class _WithProcesses:
 
 
 class TorchSnapshot:
-    """torchsnapshot; its releases know no DTensor, so each rank's tensors are its own."""
+    """torchsnapshot; its releases know no DTensor, so each rank's tensors are its own.
+
+    It calls no fsync.
+    """
 
     is_async = True
     reshards = False
 
-    def save(self, state: State, path: Path) -> None:
-        """Take a snapshot."""
-        self._module().Snapshot.take(str(path), self._app(state))
+    def prepare(self, state: State) -> dict[str, Any]:
+        """Its own kind of state."""
+        return {"state": self._module().StateDict(**local(state))}
 
-    def save_async(self, state: State, path: Path) -> Callable[[], object]:
+    def save(self, prepared: dict[str, Any], path: Path) -> None:
+        """Take a snapshot."""
+        self._module().Snapshot.take(str(path), prepared)
+
+    def save_async(self, prepared: dict[str, Any], path: Path) -> Callable[[], object]:
         """Take a snapshot in the background."""
-        pending = self._module().Snapshot.async_take(str(path), self._app(state))
+        pending = self._module().Snapshot.async_take(str(path), prepared)
         waits: Callable[[], object] = pending.wait
         return waits
 
-    def load(self, state: State, path: Path) -> None:
+    def load(self, prepared: dict[str, Any], path: Path) -> None:
         """Restore in place."""
-        self._module().Snapshot(str(path)).restore(self._app(state))
+        self._module().Snapshot(str(path)).restore(prepared)
 
     def close(self) -> None:
         """Nothing is kept."""
@@ -59,9 +66,6 @@ class TorchSnapshot:
 
         return torchsnapshot
 
-    def _app(self, state: State) -> dict[str, Any]:
-        return {"state": self._module().StateDict(**local(state))}
-
 
 class ByteCheckpoint(_WithProcesses):
     """bytecheckpoint, by its door for FSDP2; its asynchronous one waits all the same."""
@@ -69,26 +73,26 @@ class ByteCheckpoint(_WithProcesses):
     is_async = False
     reshards = True
 
-    def save(self, state: State, path: Path) -> None:
+    def prepare(self, state: State) -> dict[str, Any]:
+        """A model and its optimizer."""
+        trainer = as_trainer(state)
+        return {"model": trainer["model"], "optimizer": trainer["optim"]}
+
+    def save(self, prepared: dict[str, Any], path: Path) -> None:
         """Save a model and its optimizer."""
         import bytecheckpoint
 
-        bytecheckpoint.save(str(path), _model_and_optimizer(state), framework="fsdp2")
+        bytecheckpoint.save(str(path), prepared, framework="fsdp2")
 
-    def save_async(self, state: State, path: Path) -> Callable[[], object]:
+    def save_async(self, prepared: dict[str, Any], path: Path) -> Callable[[], object]:
         """There is none."""
         raise NotImplementedError
 
-    def load(self, state: State, path: Path) -> None:
+    def load(self, prepared: dict[str, Any], path: Path) -> None:
         """Load in place."""
         import bytecheckpoint
 
-        bytecheckpoint.load(str(path), _model_and_optimizer(state), framework="fsdp2")
-
-
-def _model_and_optimizer(state: State) -> dict[str, Any]:
-    trainer = as_trainer(state)
-    return {"model": trainer["model"], "optimizer": trainer["optim"]}
+        bytecheckpoint.load(str(path), prepared, framework="fsdp2")
 
 
 class MegatronCore(_WithProcesses):
@@ -105,26 +109,30 @@ class MegatronCore(_WithProcesses):
             torch.cuda.synchronize = lambda device=None: None
             torch.cuda.current_device = lambda: torch.device("cpu")  # type: ignore[assignment,return-value]
 
-    def save(self, state: State, path: Path) -> None:
+    def prepare(self, state: State) -> dict[str, Any]:
+        """Its sharded tensors."""
+        return _sharded(state)
+
+    def save(self, prepared: dict[str, Any], path: Path) -> None:
         """Save sharded tensors."""
         from megatron.core import dist_checkpointing
 
         path.mkdir(parents=True, exist_ok=True)
         dist.barrier()
-        dist_checkpointing.save(_sharded(state), str(path))
+        dist_checkpointing.save(dict(prepared), str(path))
 
-    def save_async(self, state: State, path: Path) -> Callable[[], object]:
+    def save_async(self, prepared: dict[str, Any], path: Path) -> Callable[[], object]:
         """Its own needs a CUDA device."""
         raise NotImplementedError
 
-    def load(self, state: State, path: Path) -> None:
+    def load(self, prepared: dict[str, Any], path: Path) -> None:
         """Load, and copy what was not loaded in place."""
         from megatron.core import dist_checkpointing
 
-        loaded = dist_checkpointing.load(_sharded(state), str(path))
-        for name, tensor in local(state).items():
-            if loaded[name].data_ptr() != tensor.data_ptr():
-                tensor.copy_(loaded[name])
+        loaded = dist_checkpointing.load(dict(prepared), str(path))
+        for name, sharded in prepared.items():
+            if loaded[name].data_ptr() != sharded.data.data_ptr():
+                sharded.data.copy_(loaded[name])
 
 
 def _sharded(state: State) -> dict[str, Any]:

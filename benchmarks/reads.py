@@ -37,13 +37,14 @@ def measure_reads(options: Options) -> Iterator[Findings]:
 
 def _save(library: str, directory: str) -> None:
     contender = CONTENDERS[library]()
-    contender.save({"model": {"weight": _sharded(_whole(), 0)}}, Path(directory))
+    contender.save(contender.prepare({"model": {"weight": _sharded(_whole(), 0)}}), Path(directory))
     contender.close()
 
 
 def _load(library: str, directory: str, dim: int) -> float:
     contender, target = CONTENDERS[library](), _sharded(torch.zeros(_SHAPE), dim)
-    cost = measure(lambda: contender.load({"model": {"weight": target}}, Path(directory)))
+    prepared = contender.prepare({"model": {"weight": target}})
+    cost = measure(lambda: contender.load(prepared, Path(directory)))
     contender.close()
     if not torch.equal(target.to_local(), _sharded(_whole(), dim).to_local()):
         raise ValueError(f"{library} loaded other values than it saved")

@@ -103,8 +103,43 @@ class Ours:
         self._store.read_into("file", [RangeRead(ByteRange(0, len(into)), into)])
 
 
+class _Memory(io.RawIOBase):
+    """Memory as a file, without a copy of its own."""
+
+    def __init__(self, memory: memoryview) -> None:
+        self._memory, self._at = memory, 0
+
+    def readable(self) -> bool:
+        return True
+
+    def writable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        origin = {io.SEEK_SET: 0, io.SEEK_CUR: self._at, io.SEEK_END: len(self._memory)}
+        self._at = origin[whence] + offset
+        return self._at
+
+    def tell(self) -> int:
+        return self._at
+
+    def readinto(self, into: Any) -> int:
+        found = self._memory[self._at : self._at + len(into)]
+        memoryview(into).cast("B")[: len(found)] = found
+        self._at += len(found)
+        return len(found)
+
+    def write(self, data: Any) -> int:
+        self._memory[self._at : self._at + len(data)] = data
+        self._at += len(data)
+        return len(data)
+
+
 class Boto3:
-    """boto3's managed transfers, in parts as large as ours."""
+    """boto3's managed transfers, in parts as large as ours; it reads each part into bytes."""
 
     def __init__(self, server: S3Server) -> None:
         from boto3.s3.transfer import TransferConfig
@@ -114,13 +149,11 @@ class Boto3:
 
     def up(self, data: memoryview) -> None:
         """Upload a file in memory."""
-        self._client.upload_fileobj(io.BytesIO(data), _BUCKET, "boto3", Config=self._config)
+        self._client.upload_fileobj(_Memory(data), _BUCKET, "boto3", Config=self._config)
 
     def down(self, into: memoryview) -> None:
-        """Download a file, then copy it."""
-        file = io.BytesIO()
-        self._client.download_fileobj(_BUCKET, "boto3", file, Config=self._config)
-        into[:] = file.getbuffer()
+        """Download into the memory."""
+        self._client.download_fileobj(_BUCKET, "boto3", _Memory(into), Config=self._config)
 
 
 class Obstore:

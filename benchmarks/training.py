@@ -1,4 +1,4 @@
-"""How fast a trainer steps while a save runs in the background."""
+"""What training a save in the background costs: its pace beside the save, and the seconds lost."""
 
 from __future__ import annotations
 
@@ -9,16 +9,16 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
-import torch.distributed as dist
 
+from benchmarks.cost import by_rank
 from benchmarks.libraries import CONTENDERS
-from benchmarks.names import CORES, SPEED, training_on
+from benchmarks.names import CORES, LOST, SPEED, training_on
 from benchmarks.options import Options, Trials
 from benchmarks.payload import SIZES, num_bytes
 from benchmarks.race import Race
 from benchmarks.samples import Figure, Findings
 
-__all__ = ["Work", "measure_training"]
+__all__ = ["Pace", "Work", "measure_training"]
 
 _QUIET_S, _TINY_QUIET_S = 2.0, 0.1
 """As long are steps counted without a save, before each save."""
@@ -41,8 +41,9 @@ class Work:
         return self.steps_until(lambda: time.monotonic() >= end)
 
     def steps_until(self, is_over: Callable[[], bool]) -> int:
-        """Work until then; the number of steps."""
-        steps = 0
+        """Work until then, but one step at least, which has a pace; the number of steps."""
+        self.step()
+        steps = 1
         while not is_over():
             self.step()
             steps += 1
@@ -60,44 +61,47 @@ def measure_training(options: Options) -> Iterator[Findings]:
         for library in libraries:
             with options.scratch("training") as directory:
                 given = (library, size.name, options.repetitions, str(directory), quiet_s)
-                speeds = trials.on_ranks(_speeds, ranks, *given)
-            if speeds:
-                where = training_on(ranks)
-                figures.append(Figure(label, where, library, SPEED, min(speeds)))
+                found = trials.on_ranks(_train, ranks, *given)
+            where = training_on(ranks)
+            figures += (Figure(label, where, library, *measured) for measured in found)
         payload = num_bytes(size)
         yield Findings("training", label, ranks, payload, others=figures, failures=trials.failures)
 
 
-def _speeds(
+def _train(
     library: str, size: str, repetitions: int, directory: str, quiet_s: float
-) -> list[float]:
-    """Steps a second beside saves over those without, by rank."""
+) -> list[tuple[str, float]]:
+    """Measures of the rank that loses most, and their values."""
     os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:CORES])
     race, contender, work = Race(SIZES[size], Path(directory)), CONTENDERS[library](), Work()
-    quiet, busy = _Pace(), _Pace()
+    quiet, busy, stalled_s = Pace(), Pace(), 0.0
+    state = contender.prepare(race.state)
     with ThreadPoolExecutor(1) as waiter:
         for repetition in range(repetitions + 1):
             race.forget()
             if repetition == 1:  # the cold save is not counted
-                quiet, busy = _Pace(), _Pace()
+                quiet, busy, stalled_s = Pace(), Pace(), 0.0
             quiet.count(lambda: work.last(quiet_s))
-            saved = waiter.submit(contender.save_async(race.state, race.path))
+            started = time.monotonic()
+            wait = contender.save_async(state, race.path)
+            stalled_s += time.monotonic() - started
+            saved = waiter.submit(wait)
             busy.count(lambda: work.steps_until(saved.done))  # noqa: B023 - called at once
             saved.result()
     contender.close()
     race.close()
-    every: list[float] = [0.0] * dist.get_world_size()
-    dist.all_gather_object(every, busy.rate / quiet.rate)
-    return every
+    speed = min(by_rank(busy.rate / quiet.rate))
+    return [(SPEED, speed), (LOST, max(by_rank(stalled_s + busy.lost_s(quiet))) / repetitions)]
 
 
-class _Pace:
+class Pace:
     """Steps and their time."""
 
     def __init__(self) -> None:
         self._steps, self._seconds = 0, 0.0
 
     def count(self, work: Callable[[], int]) -> None:
+        """Add the steps that some work says it made, and how long they took."""
         started = time.monotonic()
         self._steps += work()
         self._seconds += time.monotonic() - started
@@ -106,3 +110,7 @@ class _Pace:
     def rate(self) -> float:
         """Steps a second."""
         return self._steps / self._seconds
+
+    def lost_s(self, quiet: Pace) -> float:
+        """How much sooner a trainer at the quiet pace would have made these steps."""
+        return (1 - self.rate / quiet.rate) * self._seconds

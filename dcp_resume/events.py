@@ -100,10 +100,10 @@ class StepReached(Event):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PhaseFinished(Event):
-    """One phase of a save or a load ended on this rank."""
+    """One phase of a save ended on this rank."""
 
     phase: str
-    """``plan``, ``stage``, ``write``, ``report``, ``commit`` or ``read``."""
+    """``plan``, ``stage``, ``write``, or on the coordinator ``commit``."""
     step: int
     rank: int
     duration_s: float

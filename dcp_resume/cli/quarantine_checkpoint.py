@@ -55,14 +55,21 @@ def add_parser(verbs: Verbs) -> None:
 
 def _add_place(verb: argparse.ArgumentParser) -> None:
     verb.add_argument("url", help="root of the run: a path or a URL")
-    verb.add_argument("step", type=int, help="step of the checkpoint")
+    place = verb.add_mutually_exclusive_group(required=True)
+    place.add_argument("lone_step", nargs="?", type=int, metavar="step", help="of the checkpoint")
+    place.add_argument("--step", type=int, metavar="N", help="the same, as other verbs take it")
+
+
+def _step(arguments: argparse.Namespace) -> int:
+    step: int = arguments.step if arguments.lone_step is None else arguments.lone_step
+    return step
 
 
 def _quarantine(arguments: argparse.Namespace) -> int:
     _, log = open_run(arguments)
-    entry = log.history.find_step(arguments.step, is_any_line=True)
+    entry = log.history.find_step(_step(arguments), is_any_line=True)
     if entry is None:
-        raise _no_step(log, arguments.step, "usable")
+        raise _no_step(log, _step(arguments), "usable")
     history = quarantine(log, entry.seq, reason=arguments.reason).history
     return _tell(arguments, history, entry, "quarantined")
 
@@ -73,10 +80,10 @@ def _unquarantine(arguments: argparse.Namespace) -> int:
     held = [
         CommitEntry(seq, history.commits[seq])
         for seq in sorted(history.quarantined, reverse=True)
-        if history.commits[seq].step == arguments.step and seq not in history.retired
+        if history.commits[seq].step == _step(arguments) and seq not in history.retired
     ]
     if not held:
-        raise _no_step(log, arguments.step, "quarantined")
+        raise _no_step(log, _step(arguments), "quarantined")
     history = unquarantine(log, held[0].seq).history
     is_on_line = any(entry.seq == held[0].seq for entry in history.lineage())
     return _tell(arguments, history, held[0], "current" if is_on_line else "rolled back")

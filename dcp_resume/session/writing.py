@@ -1,4 +1,4 @@
-"""One rank's share of a save: its chunks into data files, with digests taken before they leave."""
+"""One rank's share of a save: its chunks into data files, digested from the same memory."""
 
 from __future__ import annotations
 

@@ -15,10 +15,10 @@ from dcp_resume.storage.retry import Operation, TransientFault
 from dcp_resume.storage.s3_client import S3Client
 from dcp_resume.storage.s3_errors import refusal_in
 
-__all__ = ["READ_WIDTH", "Body", "drain", "read_ranges"]
+__all__ = ["Body", "drain", "read_ranges"]
 
 _MAX_GET_BYTES = 16 << 20
-READ_WIDTH = 8
+_WIDTH = 8
 _CHUNK_BYTES = 1 << 18
 
 
@@ -49,7 +49,7 @@ async def read_ranges(
     await for_each(
         _gets(reads),
         lambda get: client.retrying(operation, lambda: _fetch(client, operation, key, get)),
-        width=READ_WIDTH,
+        width=_WIDTH,
     )
 
 

@@ -16,7 +16,7 @@ from dcp_resume.storage.part_policy import BUDGET_BYTES, plan_parts
 from dcp_resume.storage.retry import Operation, RetryPolicy, TransientFault
 from dcp_resume.storage.s3_client import S3Client
 from dcp_resume.storage.s3_errors import Refusal, refusal_in, refused
-from dcp_resume.storage.s3_read import READ_WIDTH, drain, read_ranges
+from dcp_resume.storage.s3_read import drain, read_ranges
 from dcp_resume.storage.s3_upload import Uplink, crc32_header, upload
 
 __all__ = ["S3Store"]
@@ -56,13 +56,12 @@ class S3Store:
 
     @property
     def choices(self) -> tuple[Choice, ...]:
-        """See ``Tuned.choices``: of an upload of a GiB that began now, and of one read."""
+        """See ``Tuned.choices``: of an upload of a GiB that began now."""
         plan = plan_parts(1 << 30, rate=self._uplinks.get().rate.bytes_per_s)
         return (
             Choice("upload_part", plan.part_bytes, "bytes", "a quarter of a second, by the rate"),
             Choice("uploads_in_flight", plan.width, "", "what the budget of bytes holds"),
             Choice("upload_budget", BUDGET_BYTES, "bytes", "memory of parts, over all files"),
-            Choice("gets_in_flight", READ_WIDTH, "", "of one read, beside those of other readers"),
         )
 
     def create(self, key: str, data: bytes) -> None:

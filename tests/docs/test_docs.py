@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import linecache
+import logging
 import re
 from collections.abc import Iterator
 from enum import Enum
@@ -218,6 +219,19 @@ def test_events_page_has_every_name():
 def test_event_section(name):
     names = _NAMES.findall(line_of(section_of(EVENTS, name), "Fields"))
     assert names == [field.name for field in dataclasses.fields(getattr(events, name))]
+
+
+def test_events_page_names_the_level_of_each_that_is_logged_above_debug():
+    _, _, page = PAGES[EVENTS].partition("| level | events |\n|---|---|\n")
+    rows = re.findall(r"^\| `([A-Z]+)` \| (`.+) \|$", page, flags=re.MULTILINE)
+    named = {name: level for level, names in rows for name in _NAMES.findall(names)}
+    kinds = [kind for kind in vars(events).values() if isinstance(kind, type)]
+    of_events = [kind for kind in kinds if issubclass(kind, events.Event)]
+    assert named == {
+        kind.__name__: logging.getLevelName(kind.level)
+        for kind in of_events
+        if kind.level > logging.DEBUG
+    }
 
 
 def default_of(field: dataclasses.Field[Any]) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import subprocess
 import sys
 from pathlib import Path
@@ -46,6 +47,9 @@ def test_54_times_bytes_and_memory_stand_beside_those_of_torch_save_and_dcp(tmp_
     for sample in samples:
         assert sample["cost"]["seconds"] > 0
         assert sample["limit"]["seconds"] > 0
+    (lost,) = (f for f in document["figures"] if f["operation"] == "lazy: training lost")
+    assert lost["library"] == "dcp_resume"
+    assert math.isfinite(lost["value"])
     saves = [sample for sample in samples if sample["operation"] == "save"]
     assert all(sample["cost"]["written_bytes"] > 0 for sample in saves)
     for name in LIBRARIES:

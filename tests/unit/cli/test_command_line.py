@@ -263,6 +263,13 @@ def test_an_operator_quarantines_and_lifts_it_again(run, call, call_json):
     assert call("unquarantine", run, 30)[0] == 3
 
 
+def test_the_step_of_a_quarantine_may_be_given_as_to_other_verbs(run, call):
+    assert call("quarantine", run, "--step", 30)[0] == 0
+    assert call("unquarantine", "--step", 30, run)[1].startswith("step 30 is current")
+    for wrong in ([run], [run, 30, "--step", 20]):
+        assert call("quarantine", *wrong)[0] == 2
+
+
 def test_a_quarantine_lifted_after_the_run_went_on(run, call):
     call("quarantine", run, 30)
     save_steps(run, [25], resume="latest")
