@@ -97,11 +97,13 @@ def _other_rows(figures: Sequence[Figure]) -> Iterator[str]:
 
 
 def _goals(figures: Sequence[Figure]) -> str:
-    """Pages are narrow: only peaks are named beside other measures."""
-    return ", ".join(
-        f"{v.goal.measure if v.goal.measure.startswith('peak') else ''} {v.goal} {v.word}".strip()
-        for v in judge(figures)
-    )
+    """Which were met and which missed. Pages are narrow: of the measures only peaks are named."""
+    goals: dict[str, list[str]] = {}
+    for verdict in judge(figures):
+        is_peak = verdict.goal.measure.startswith("peak")
+        name = f"{verdict.goal.measure} " if is_peak else ""
+        goals.setdefault(verdict.word, []).append(f"{name}{verdict.goal}".replace("≤ ", "≤"))
+    return "; ".join(f"{word}: {', '.join(own)}" for word, own in goals.items())
 
 
 def rows_on(page: str) -> str:
