@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
 from dataclasses import dataclass
 from datetime import UTC, datetime
 
-from dcp_resume.manifest.keys import STEP_PREFIX, parse_attempt_prefix
+from dcp_resume.session.litter import list_attempts
 from dcp_resume.session.run_log import RunLog
-from dcp_resume.storage import ObjectInfo, ObjectStore
+from dcp_resume.storage import ObjectStore
 
 __all__ = ["LostSave", "find_lost_saves"]
 
@@ -40,11 +39,7 @@ def find_lost_saves(store: ObjectStore, log: RunLog) -> tuple[LostSave, ...]:
         InvalidDocument: A record of the log is malformed.
         StorageError: The store failed.
     """
-    found: dict[tuple[int, str], list[ObjectInfo]] = defaultdict(list)
-    for info in store.list(STEP_PREFIX):
-        place = parse_attempt_prefix(info.key)
-        if place is not None:
-            found[place].append(info)
+    found = list_attempts(store)
     history = log.refresh()
     committed = {record.attempt for record in history.commits.values()}
     newest = history.newest()

@@ -17,7 +17,7 @@ from dcp_resume.session.run_log import RunLog
 from dcp_resume.session.sweep import Needs, Swept, delete_swept, read_needs, unneeded
 from dcp_resume.storage import ObjectInfo, ObjectStore, read_clock
 
-__all__ = ["Litter", "find_litter", "grace_limit", "remove_litter"]
+__all__ = ["Litter", "find_litter", "grace_limit", "list_attempts", "remove_litter"]
 
 _DROPS_A_RECORD = 1000
 """A record holds at most 64 KiB."""
@@ -58,6 +58,23 @@ def grace_limit(store: ObjectStore, grace_s: float) -> float:
     return read_clock(store, PROBE_PREFIX) - grace_s
 
 
+def list_attempts(store: ObjectStore) -> dict[tuple[int, str], list[ObjectInfo]]:
+    """The files of every attempt, by its step and name.
+
+    Args:
+        store: Root of the run.
+
+    Raises:
+        StorageError: The store failed.
+    """
+    found: dict[tuple[int, str], list[ObjectInfo]] = defaultdict(list)
+    for info in store.list(STEP_PREFIX):
+        place = parse_attempt_prefix(info.key)
+        if place is not None:
+            found[place].append(info)
+    return found
+
+
 def find_litter(
     store: ObjectStore, log: RunLog, *, until_s: float, needs: Needs = read_needs
 ) -> Litter:
@@ -74,11 +91,7 @@ def find_litter(
         InvalidDocument: A record of the log is malformed.
         StorageError: The store failed.
     """
-    found: dict[tuple[int, str], list[ObjectInfo]] = defaultdict(list)
-    for info in store.list(STEP_PREFIX):
-        place = parse_attempt_prefix(info.key)
-        if place is not None:
-            found[place].append(info)
+    found = list_attempts(store)
     history = log.refresh()
     numbers = {(r.step, r.attempt): seq for seq, r in history.commits.items()}
     committed = {attempt for _, attempt in numbers}

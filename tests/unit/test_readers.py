@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import threading
 import time
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -13,27 +14,40 @@ import torch
 from dcp_resume import Apply, CheckpointManager
 from dcp_resume.errors import StorageUnavailable
 from dcp_resume.manifest.boxes import Box
-from dcp_resume.session.opening import open_checkpoint
+from dcp_resume.session.opening import OpenedCheckpoint, open_checkpoint
 from dcp_resume.session.own_cores import own_cores
 from dcp_resume.session.reading import NUM_READERS, RUN_BYTES, read_targets
 from dcp_resume.session.targets import target_of
-from dcp_resume.storage import open_store
+from dcp_resume.storage import ObjectStore, open_store
 from tests.unit.test_edges import BLOCKING, LARGE, filled
 
 ALL = len(os.sched_getaffinity(0))
 
 
-def test_readers_stop_when_the_store_fails(tmp_path):
-    state = {f"w{n}": filled(n, LARGE) for n in range(12)}
-    with CheckpointManager(tmp_path, BLOCKING) as checkpoints:
+def tensors_that_fill_a_run_each() -> dict[str, torch.Tensor]:
+    return {f"w{n}": torch.full((RUN_BYTES // 4,), float(n)) for n in range(4 * NUM_READERS)}
+
+
+def saved(root: Path, state: dict[str, torch.Tensor]) -> tuple[ObjectStore, OpenedCheckpoint]:
+    """A checkpoint of the state: the store of its directory, and its documents."""
+    with CheckpointManager(root, BLOCKING) as checkpoints:
         checkpoints.save(1, state)
-    (directory,) = (tmp_path / "step-00000001").iterdir()
+    (directory,) = (root / "step-00000001").iterdir()
     store = open_store(str(directory))
-    opened = open_checkpoint(store, "", None)
-    targets = [
-        target_of(name, Box.whole((LARGE,)), tensor, Apply.IN_PLACE)
+    return store, open_checkpoint(store, "", None)
+
+
+def targets_in(state: dict[str, torch.Tensor]) -> list[Any]:
+    return [
+        target_of(name, Box.whole(tuple(tensor.shape)), tensor, Apply.IN_PLACE)
         for name, tensor in state.items()
     ]
+
+
+def test_readers_stop_when_the_store_fails(tmp_path):
+    state = {f"w{n}": filled(n, LARGE) for n in range(12)}
+    store, opened = saved(tmp_path, state)
+    targets = targets_in(state)
     failing = Failing(store)
 
     with pytest.raises(StorageUnavailable):
@@ -43,17 +57,9 @@ def test_readers_stop_when_the_store_fails(tmp_path):
 
 
 def test_readers_stop_when_a_fault_is_found(tmp_path):
-    length = RUN_BYTES // 4  # a tensor fills a run
-    state = {f"w{n}": torch.full((length,), float(n)) for n in range(4 * NUM_READERS)}
-    with CheckpointManager(tmp_path, BLOCKING) as checkpoints:
-        checkpoints.save(1, state)
-    (directory,) = (tmp_path / "step-00000001").iterdir()
-    store = open_store(str(directory))
-    opened = open_checkpoint(store, "", None)
-    targets = [
-        target_of(name, Box.whole((length,)), tensor, Apply.IN_PLACE)
-        for name, tensor in state.items()
-    ]
+    state = tensors_that_fill_a_run_each()
+    store, opened = saved(tmp_path, state)
+    targets = targets_in(state)
     emptied = Emptied(store)
 
     outcome = read_targets(emptied, opened, targets)
@@ -63,18 +69,10 @@ def test_readers_stop_when_a_fault_is_found(tmp_path):
 
 
 def test_a_store_that_makes_a_reader_wait_gets_all_readers(tmp_path):
-    length = RUN_BYTES // 4  # a tensor fills a run
-    state = {f"w{n}": torch.full((length,), float(n)) for n in range(4 * NUM_READERS)}
-    with CheckpointManager(tmp_path, BLOCKING) as checkpoints:
-        checkpoints.save(1, state)
-    (directory,) = (tmp_path / "step-00000001").iterdir()
-    store = open_store(str(directory))
-    opened = open_checkpoint(store, "", None)
-    found = {name: torch.zeros(length) for name in state}
-    targets = [
-        target_of(name, Box.whole((length,)), tensor, Apply.IN_PLACE)
-        for name, tensor in found.items()
-    ]
+    state = tensors_that_fill_a_run_each()
+    store, opened = saved(tmp_path, state)
+    found = {name: torch.zeros_like(tensor) for name, tensor in state.items()}
+    targets = targets_in(found)
     gathering = Gathering(store)
 
     outcome = read_targets(gathering, opened, targets)
